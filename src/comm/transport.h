@@ -1,0 +1,67 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "backend.h"
+#include "zigzag/plan.h"
+#include "zigzag/tensor.h"
+
+namespace zigzag::comm {
+
+/// Who sends which rows to whom in a gather, seen from one rank. A reduction uses the same table
+/// the other way.
+struct ExchangeTable {
+  /// What this rank's gathered buffer is made of, by source rank.
+  std::vector<std::vector<Segment>> receives;  // [world_size]
+  /// What this rank's shard gives to each destination rank.
+  std::vector<std::vector<Segment>> sends;  // [world_size]
+  std::int64_t local_tokens = 0;
+  std::int64_t gathered_tokens = 0;
+};
+
+/// The table of one rank. O(documents x W).
+ExchangeTable make_exchange_table(const Plan& plan, std::int64_t rank, const Mask& mask);
+
+/// Where an exchange stands, for messages: "gather of K/V, stage 2 of 4".
+struct Step {
+  std::string_view name;
+  int stage = 0;
+  int stages = 1;
+};
+
+/// How ranks exchange rows. One implementation a file of src/comm. All calls are collective.
+class Transport {
+ public:
+  virtual ~Transport() = default;
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+  virtual std::string_view name() const = 0;
+
+  /// Bytes of every rank in rank order; the control plane, always on the host.
+  virtual void all_gather(std::span<const std::byte> in, std::span<std::byte> out) = 0;
+  virtual void barrier() = 0;
+  /// Ends the peers' waits with a CommunicationError that carries the reason.
+  virtual void abort(std::string_view reason) noexcept = 0;
+
+  /// sources[i] [local_tokens, heads, head_dim] of every rank -> destinations[i] [gathered_tokens,
+  /// heads, head_dim] contiguous, in sequence order, own rows included. When it returns (on a
+  /// device: in the order of `queue`) the destinations are complete and no rank reads this rank's
+  /// sources any more.
+  virtual void gather(std::span<const TensorView> sources, std::span<const TensorView> destinations,
+                      const ExchangeTable& table, const Step& step, Queue queue) = 0;
+
+  /// The reverse: partials[i] [gathered_tokens, heads, head_dim] float32 contiguous of every rank
+  /// -> destinations[i] [local_tokens, heads, head_dim]: for every local row the sum of the
+  /// partials of all ranks that hold it, in float32 and in rank order, rounded once to the
+  /// destination's type. Rows that no rank sees become 0. On return no rank reads this rank's
+  /// partials any more.
+  virtual void reduce(std::span<const TensorView> partials,
+                      std::span<const TensorView> destinations, const ExchangeTable& table,
+                      const Step& step, Queue queue) = 0;
+};
+
+}  // namespace zigzag::comm
