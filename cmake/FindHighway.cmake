@@ -1,0 +1,23 @@
+# Highway::hwy, from Highway's own CMake package or from pkg-config (older Debian and Ubuntu).
+include(FindPackageHandleStandardArgs)
+find_package(hwy CONFIG QUIET)
+if(TARGET hwy::hwy)
+  set(Highway_VERSION "${hwy_VERSION}")
+  set(Highway_TARGET hwy::hwy)
+else()
+  find_package(PkgConfig QUIET)
+  if(PkgConfig_FOUND)
+    pkg_check_modules(HIGHWAY_PC QUIET IMPORTED_TARGET libhwy)
+  endif()
+  if(TARGET PkgConfig::HIGHWAY_PC)
+    set(Highway_VERSION "${HIGHWAY_PC_VERSION}")
+    set(Highway_TARGET PkgConfig::HIGHWAY_PC)
+  endif()
+endif()
+find_package_handle_standard_args(
+  Highway REQUIRED_VARS Highway_TARGET VERSION_VAR Highway_VERSION
+  REASON_FAILURE_MESSAGE "install libhwy-dev (scripts/setup does)")
+if(Highway_FOUND AND NOT TARGET Highway::hwy)
+  add_library(Highway::hwy INTERFACE IMPORTED)
+  target_link_libraries(Highway::hwy INTERFACE ${Highway_TARGET})
+endif()
