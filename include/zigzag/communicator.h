@@ -47,6 +47,14 @@ class Communicator {
   /// that initialised it. The communicator is duplicated. Throws CommunicationError when MPI is
   /// not initialised or the library was built without it.
   static Communicator mpi(void* mpi_comm = nullptr);
+  /// GPU `device` of each rank, exchanging through GPU memory that all ranks of one host reach
+  /// (NVLink or PCIe peer access, CUDA IPC between processes). `bootstrap`, a group of threads,
+  /// MPI or callback, carries the host's messages; ranks may share a GPU. A collective call. Throws
+  /// DeviceError when the GPUs do not reach each other, naming the pair.
+  static Communicator peer(const Communicator& bootstrap, int device);
+  /// GPU `device` of each rank, exchanging through NCCL, which is opened at run time
+  /// (`ZIGZAG_NCCL_PATH`, beside Python, the system). A collective call; one GPU a rank.
+  static Communicator nccl(const Communicator& bootstrap, int device);
   /// A group that exchanges through the caller's functions.
   static Communicator callback(CallbackCollectives collectives);
 

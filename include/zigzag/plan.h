@@ -59,6 +59,14 @@ struct Piece {
   bool causal;
 };
 
+/// Key positions [begin, end) of a document that stand at `row` of a rank's gathered buffer.
+struct KeyRange {
+  std::int64_t document;
+  std::int64_t begin;
+  std::int64_t end;
+  std::int64_t row;
+};
+
 /// Rows that travel from `source` to `destination` in a gather: source_row counts rows of the
 /// source's shard, destination_row rows of the destination's gathered buffer. The gradient
 /// reduction moves the same rows the other way.
@@ -85,8 +93,10 @@ struct LocalRow {
 /// its early chunk and then its late chunk. docs/layout.md derives the formulas.
 class Plan {
  public:
-  /// The limits: at most 2^20 ranks and 2^62 tokens.
+  /// The most ranks.
   static constexpr std::int64_t kMaxWorldSize = std::int64_t{1} << 20;
+  /// The most tokens of a pack.
+  static constexpr std::int64_t kMaxTokens = std::int64_t{1} << 56;
 
   /// cu_seqlens [documents + 1]: 0, then the end of each document, of the WHOLE pack. Throws
   /// InvalidArgument when it is empty, does not start at 0 or decreases, or world_size < 1.
@@ -107,6 +117,8 @@ class Plan {
   std::span<const std::int64_t> cu_seqlens() const;
   /// Tokens of one document.
   std::int64_t document_length(std::int64_t document) const;
+  /// Chunks of every document, 2W.
+  std::int64_t num_chunks() const;
   /// Chunk `index` in 0..2W-1 of a document.
   Chunk chunk(std::int64_t document, std::int64_t index) const;
   /// The two chunk indices that a rank owns of every document: {early, late}.
@@ -131,13 +143,14 @@ class Plan {
   std::vector<WorkItem> work_items(std::int64_t rank, const Mask& mask = {}) const;
   /// The causal work of a rank as rectangles and diagonal blocks, in document order.
   std::vector<Piece> pieces(std::int64_t rank) const;
-  /// Rows of a rank's gathered buffer: of each document, the key rows from the first to the last
-  /// that any of the rank's queries sees; documents end to end in pack order.
+  /// Rows of a rank's gathered buffer: of each document, in pack order, the key rows that the
+  /// rank's queries see (a causal prefix, the whole document, or a window's halo).
   std::int64_t gathered_tokens(std::int64_t rank, const Mask& mask = {}) const;
-  /// First gathered row of each document [documents + 1].
-  std::vector<std::int64_t> gathered_cu_seqlens(std::int64_t rank, const Mask& mask = {}) const;
-  /// The document position that each document's gathered rows start at [documents].
-  std::vector<std::int64_t> gathered_positions(std::int64_t rank, const Mask& mask = {}) const;
+  /// The same for every rank at once [W]: O((documents + W) log W).
+  std::vector<std::int64_t> gathered_tokens_all(const Mask& mask = {}) const;
+  /// What the gathered buffer holds, row after row: one range of key positions a document, or two
+  /// where a window leaves a gap between what the early and the late chunk see.
+  std::vector<KeyRange> gathered_ranges(std::int64_t rank, const Mask& mask = {}) const;
   /// All rows that a rank's gathered buffer is made of, its own included, by source rank and then
   /// in document order. They fill the buffer exactly once.
   std::vector<Segment> gather_segments(std::int64_t destination, const Mask& mask = {}) const;
@@ -145,9 +158,17 @@ class Plan {
   std::vector<Segment> gather_segments(std::int64_t destination, std::int64_t source,
                                        const Mask& mask = {}) const;
 
+  /// Where a source's rows go when the first prefix_chunks[d] chunks of each document d are laid end
+  /// to end (the seed's extract): source_row counts rows of the source's shard. The caller has
+  /// checked prefix_chunks with prefix_tokens.
+  std::vector<Segment> prefix_segments(std::int64_t source,
+                                       std::span<const std::int64_t> prefix_chunks) const;
+  /// Rows of those prefixes. Throws InvalidArgument unless prefix_chunks [documents] is 0..2W.
+  std::int64_t prefix_tokens(std::span<const std::int64_t> prefix_chunks) const;
+
   /// Visible (query, key) pairs of a rank's queries. Exact below 2^53.
   double visible_pairs(std::int64_t rank, const Mask& mask = {}) const;
-  /// The same for every rank at once [W]: O(documents + W) without a window.
+  /// The same for every rank at once [W]: O((documents + W) log W).
   std::vector<double> visible_pairs_all(const Mask& mask = {}) const;
   /// FLOPs of a rank's forward: 4 x heads x head_dim x visible pairs (two matrix products of two
   /// operations a multiply-add each). A backward counts 2.5 times as many (five products).
@@ -164,6 +185,9 @@ class Plan {
 
  private:
   struct Data;
+  struct DocumentLayout;
+  struct RankChunks;
+  struct KeyRanges;
   std::shared_ptr<const Data> data_;
 };
 
