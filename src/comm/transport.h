@@ -15,15 +15,17 @@ namespace zigzag::comm {
 /// Who sends which rows to whom in a gather, seen from one rank. A reduction uses the same table
 /// the other way.
 struct ExchangeTable {
-  /// What this rank's gathered buffer is made of, by source rank.
+  /// What this rank's gathered buffer is made of, by source rank, each in rising source_row.
   std::vector<std::vector<Segment>> receives;  // [world_size]
-  /// What this rank's shard gives to each destination rank.
+  /// What this rank's shard gives to each destination rank, each in rising source_row.
   std::vector<std::vector<Segment>> sends;  // [world_size]
   std::int64_t local_tokens = 0;
   std::int64_t gathered_tokens = 0;
+  /// The largest shard of any rank: all ranks derive the same number of rounds from it.
+  std::int64_t max_local_tokens = 0;
 };
 
-/// The table of one rank. O(documents x W).
+/// The table of one rank, which only asks the plan. O(documents x W).
 ExchangeTable make_exchange_table(const Plan& plan, std::int64_t rank, const Mask& mask);
 
 /// Where an exchange stands, for messages: "gather of K/V, stage 2 of 4".

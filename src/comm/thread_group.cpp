@@ -1,0 +1,112 @@
+#include "comm/thread_group.h"
+
+#include <algorithm>
+
+#include <fmt/format.h>
+
+#include "comm/wait.h"
+#include "zigzag/error.h"
+
+namespace zigzag::comm {
+
+ThreadGroup::ThreadGroup(int size, double timeout)
+    : timeout_(timeout),
+      offers_(static_cast<std::size_t>(size)),
+      here_(static_cast<std::size_t>(size), 0),
+      left_(static_cast<std::size_t>(size), 0) {}
+
+std::vector<int> ThreadGroup::missing() const {
+  std::vector<int> ranks;
+  for (std::size_t r = 0; r < here_.size(); ++r) {
+    if (here_[r] == 0) ranks.push_back(static_cast<int>(r));
+  }
+  return ranks;
+}
+
+void ThreadGroup::throw_failure(int rank, const Offer& offer, bool waited) const {
+  const std::string step = step_text(offer.step);
+  if (failure_->missing.empty()) throw_peer_failed(rank, failure_->rank, step, failure_->reason);
+  if (waited) throw_timeout(rank, failure_->missing, step, timeout_);
+  throw CommunicationError(fmt::format(
+      "rank {} came to {} after rank {} had given up waiting for {} in {} ({})", rank, step,
+      failure_->rank, ranks_text(failure_->missing), failure_->step, seconds_text(timeout_)));
+}
+
+void ThreadGroup::check_left(const Offer& offer) {
+  if (failure_ || arrived_ == 0) return;
+  for (std::size_t r = 0; r < left_.size(); ++r) {
+    if (left_[r] == 0 || here_[r] != 0) continue;
+    failure_ = Failure{static_cast<int>(r),
+                       fmt::format("it left the group before {}", step_text(offer.step)),
+                       {},
+                       {}};
+    return;
+  }
+}
+
+void ThreadGroup::meet(int rank, const Offer& offer) {
+  const auto self = static_cast<std::size_t>(rank);
+  std::unique_lock lock(mutex_);
+  if (failure_) throw_failure(rank, offer, false);
+  const std::uint64_t meeting = meetings_;
+  offers_[self] = offer;
+  here_[self] = 1;
+  if (++arrived_ == size()) {
+    arrived_ = 0;
+    std::fill(here_.begin(), here_.end(), char{0});
+    readers_ = size();
+    ++meetings_;
+    lock.unlock();
+    met_.notify_all();
+    return;
+  }
+  check_left(offer);
+  const Deadline deadline(timeout_);
+  const auto over = [&] { return meetings_ != meeting || failure_.has_value(); };
+  if (!met_.wait_until(lock, deadline.end(), over)) {
+    failure_ = Failure{rank, {}, missing(), step_text(offer.step)};
+    met_.notify_all();
+  }
+  // A meeting that took place is not undone by a failure after it.
+  if (meetings_ == meeting) throw_failure(rank, offer, true);
+}
+
+void ThreadGroup::part() noexcept {
+  std::unique_lock lock(mutex_);
+  const std::uint64_t parting = partings_;
+  if (--readers_ == 0) {
+    ++partings_;
+    lock.unlock();
+    parted_.notify_all();
+    return;
+  }
+  parted_.wait(lock, [&] { return partings_ != parting; });
+}
+
+void ThreadGroup::fail(int rank, std::string_view reason) noexcept {
+  try {
+    const std::scoped_lock lock(mutex_);
+    if (!failure_) failure_ = Failure{rank, std::string(reason), {}, {}};
+  } catch (...) {
+    // Out of memory for the sentence: the peers still end, by their deadline.
+  }
+  met_.notify_all();
+}
+
+void ThreadGroup::leave(int rank) noexcept {
+  try {
+    const std::scoped_lock lock(mutex_);
+    left_[static_cast<std::size_t>(rank)] = 1;
+    for (std::size_t r = 0; r < here_.size(); ++r) {
+      if (here_[r] != 0) {
+        check_left(offers_[r]);
+        break;
+      }
+    }
+  } catch (...) {
+    // As in fail().
+  }
+  met_.notify_all();
+}
+
+}  // namespace zigzag::comm
