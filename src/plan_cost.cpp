@@ -173,12 +173,31 @@ double Plan::balance(const Mask& mask) const {
   return most == 0 ? 1.0 : sum / static_cast<double>(pairs.size()) / most;
 }
 
+namespace {
+
+double kv_bytes(int64_t rows, int64_t kv_heads, int64_t head_dim, int64_t item_size) {
+  return 2.0 * static_cast<double>(rows) * static_cast<double>(kv_heads) *
+         static_cast<double>(head_dim) * static_cast<double>(item_size);
+}
+
+}  // namespace
+
 double Plan::gathered_bytes(int64_t rank, int64_t kv_heads, int64_t head_dim, int64_t item_size,
                             const Mask& mask) const {
   // Every query sees its own key, so all of the rank's rows are among the gathered ones.
-  const int64_t foreign = gathered_tokens(rank, mask) - local_tokens(rank);
-  return 2.0 * static_cast<double>(foreign) * static_cast<double>(kv_heads) *
-         static_cast<double>(head_dim) * static_cast<double>(item_size);
+  return kv_bytes(gathered_tokens(rank, mask) - local_tokens(rank), kv_heads, head_dim, item_size);
+}
+
+std::vector<double> Plan::gathered_bytes_all(int64_t kv_heads, int64_t head_dim, int64_t item_size,
+                                             const Mask& mask) const {
+  const std::vector<int64_t> gathered = gathered_tokens_all(mask);
+  std::vector<double> result;
+  result.reserve(gathered.size());
+  for (int64_t r = 0; r < data_->ranks; ++r) {
+    result.push_back(kv_bytes(gathered[static_cast<std::size_t>(r)] - local_tokens(r), kv_heads,
+                              head_dim, item_size));
+  }
+  return result;
 }
 
 PredictedTime predict(const Plan& plan, const CostModel& model, int64_t heads, int64_t kv_heads,
@@ -188,19 +207,17 @@ PredictedTime predict(const Plan& plan, const CostModel& model, int64_t heads, i
                           " and gbps " + std::to_string(model.gbps) + "; both must be above 0");
   }
   const std::vector<double> pairs = plan.visible_pairs_all(mask);
-  const std::vector<int64_t> gathered = plan.gathered_tokens_all(mask);
+  const std::vector<double> gathered =
+      plan.gathered_bytes_all(kv_heads, head_dim, item_size, mask);
+  // Gradients come back as float32 partials, as many rows as were gathered.
+  const double reduce_ratio = 4.0 / static_cast<double>(item_size);
   PredictedTime time;
   for (std::size_t r = 0; r < pairs.size(); ++r) {
     const double flops =
         4.0 * static_cast<double>(heads) * static_cast<double>(head_dim) * pairs[r];
     const double compute = flops / (model.tflops * 1e12);
-    const auto foreign =
-        static_cast<double>(gathered[r] - plan.local_tokens(static_cast<int64_t>(r)));
-    const double elements =
-        2.0 * foreign * static_cast<double>(kv_heads) * static_cast<double>(head_dim);
-    const double gather = elements * static_cast<double>(item_size) / (model.gbps * 1e9);
-    // Gradients come back as float32 partials, as many rows as were gathered.
-    const double reduce = elements * 4.0 / (model.gbps * 1e9);
+    const double gather = gathered[r] / (model.gbps * 1e9);
+    const double reduce = gather * reduce_ratio;
     time.forward_compute = std::max(time.forward_compute, compute);
     time.forward_exchange = std::max(time.forward_exchange, gather);
     time.forward = std::max(time.forward, std::max(compute, gather));

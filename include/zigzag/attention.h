@@ -30,10 +30,9 @@ void backward(const TensorView& dout, const TensorView& q, const TensorView& k,
               const Communicator& communicator, const AttentionOptions& options,
               const TensorView& dq, const TensorView& dk, const TensorView& dv);
 
-/// The stage that `kv_heads_per_stage = 0` stands for.
-std::int64_t auto_kv_heads_per_stage(const Plan& plan, std::int64_t rank, std::int64_t kv_heads,
-                                     std::int64_t head_dim, DType dtype, const Mask& mask,
-                                     Device device);
+/// The stage that `kv_heads_per_stage = 0` stands for; the same on every rank.
+std::int64_t auto_kv_heads_per_stage(const Plan& plan, std::int64_t kv_heads,
+                                     std::int64_t head_dim, DType dtype, Device device);
 
 namespace reference {
 

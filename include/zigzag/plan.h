@@ -180,6 +180,10 @@ class Plan {
   double gathered_bytes(std::int64_t rank, std::int64_t kv_heads, std::int64_t head_dim,
                         std::int64_t item_size, const Mask& mask = {}) const;
 
+  /// The same for every rank at once [W]: O((documents + W) log W).
+  std::vector<double> gathered_bytes_all(std::int64_t kv_heads, std::int64_t head_dim,
+                                         std::int64_t item_size, const Mask& mask = {}) const;
+
   /// A 64-bit hash of cu_seqlens and W that ranks compare before the first exchange.
   std::uint64_t fingerprint() const;
 

@@ -1,0 +1,253 @@
+#include "zigzag/attention.h"
+
+#include <exception>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "attention_check.h"
+#include "backend.h"
+#include "comm/agree.h"
+#include "comm/transport.h"
+#include "zigzag/error.h"
+
+namespace zigzag {
+
+namespace {
+
+using std::int64_t;
+
+/// Bytes of K and V of the whole pack that one stage gathers at most, where it has a choice.
+constexpr int64_t kStageBytes = int64_t{256} << 20;
+
+std::unique_ptr<Backend> make_backend(Device device, Kernels kernels, void* stream) {
+  return device.type == DeviceType::kCpu ? make_cpu_backend(kernels)
+                                         : make_cuda_backend(device, kernels, stream);
+}
+
+/// Runs `check`, compares its outcome with the other ranks' and returns it; every rank throws when
+/// one of them refuses its arguments or they differ.
+template <typename Check>
+Problem agree_on(comm::Direction direction, const TensorView& q, const Plan& plan,
+                 const Communicator& communicator, const AttentionOptions& options,
+                 const Check& check) {
+  Problem problem;
+  std::string error;
+  try {
+    problem = check();
+  } catch (const InvalidArgument& refusal) {
+    error = refusal.what();
+  }
+  comm::agree(communicator.transport(), describe(direction, q, plan, options, problem, error));
+  return problem;
+}
+
+/// Runs `work`; when it throws, the other ranks are told why before the exception goes on.
+template <typename Work>
+void or_abort(const Communicator& communicator, const Work& work) {
+  try {
+    work();
+  } catch (const std::exception& failure) {
+    communicator.abort(failure.what());
+    throw;
+  } catch (...) {
+    communicator.abort("an exception of unknown type");
+    throw;
+  }
+}
+
+/// One call of forward or backward over KV-head stages: what both have in common.
+class Schedule {
+ public:
+  Schedule(const TensorView& q, const TensorView& k, const TensorView& v, const Plan& plan,
+           const Communicator& communicator, const AttentionOptions& options,
+           const Problem& problem)
+      : q_(q),
+        k_(k),
+        v_(v),
+        plan_(plan),
+        transport_(communicator.transport()),
+        options_(options),
+        problem_(problem),
+        backend_(make_backend(q.device, problem.kernels, options.stream)),
+        items_(plan.work_items(communicator.rank(), options.mask)) {
+    if (alone()) return;
+    table_ = comm::make_exchange_table(plan, communicator.rank(), options.mask);
+    stages_ = static_cast<int>(problem.kv_heads / problem.kv_heads_per_stage);
+    slots_ = backend_->overlaps() && stages_ > 1 ? 2 : 1;
+    for (int slot = 0; slot < slots_; ++slot) {
+      gathered_.push_back({gathered_buffer(q.dtype), gathered_buffer(q.dtype)});
+    }
+  }
+
+  void forward(const TensorView& out, const TensorView& lse) {
+    gather(0);
+    for (int stage = 0; stage < stages_; ++stage) {
+      gather_next(stage);
+      AttendArgs args;
+      fill(args, stage);
+      args.out = q_heads(out, stage);
+      args.lse = q_heads(lse, stage);
+      backend_->attend(args);
+      await_gather(stage + 1);
+    }
+  }
+
+  void backward(const TensorView& dout, const TensorView& out, const TensorView& lse,
+                const TensorView& dq, const TensorView& dk, const TensorView& dv) {
+    std::vector<Pair> partials;
+    for (int slot = 0; slot < slots_ && !alone(); ++slot) {
+      partials.push_back({gathered_buffer(DType::kFloat32), gathered_buffer(DType::kFloat32)});
+    }
+    gather(0);
+    for (int stage = 0; stage < stages_; ++stage) {
+      gather_next(stage);
+      AttendBackwardArgs args;
+      fill(args, stage);
+      args.dout = q_heads(dout, stage);
+      args.out = q_heads(out, stage);
+      args.lse = q_heads(lse, stage);
+      args.dq = q_heads(dq, stage);
+      // A rank alone has no partials: its sums are the gradients.
+      const Pair* partial = alone() ? nullptr : &partials[static_cast<std::size_t>(stage % slots_)];
+      args.dk = partial == nullptr ? dk : partial->k.view;
+      args.dv = partial == nullptr ? dv : partial->v.view;
+      backend_->attend_backward(args);
+      await_gather(stage + 1);
+      if (partial == nullptr) continue;
+      backend_->order(backend_->compute_queue(), backend_->exchange_queue());
+      const TensorView sources[] = {partial->k.view, partial->v.view};
+      const TensorView destinations[] = {kv_heads(dk, stage), kv_heads(dv, stage)};
+      transport_.reduce(sources, destinations, table_,
+                        {"reduction of dK and dV", stage, stages_}, backend_->exchange_queue());
+    }
+    if (!alone()) backend_->order(backend_->exchange_queue(), backend_->compute_queue());
+  }
+
+ private:
+  struct Gathered {
+    Buffer buffer;
+    TensorView view;
+  };
+  struct Pair {
+    Gathered k;
+    Gathered v;
+  };
+
+  bool alone() const { return transport_.size() == 1; }
+
+  Gathered gathered_buffer(DType dtype) {
+    const std::vector<int64_t> shape{table_.gathered_tokens, problem_.kv_heads_per_stage,
+                                     problem_.head_dim};
+    Gathered result;
+    result.view = TensorView::contiguous(nullptr, dtype, shape, q_.device);
+    result.buffer = backend_->allocate(result.view.num_elements() * item_size(dtype));
+    result.view.data = result.buffer.memory.get();
+    return result;
+  }
+
+  TensorView kv_heads(const TensorView& x, int stage) const {
+    if (alone()) return x;
+    return x.slice(1, stage * problem_.kv_heads_per_stage, problem_.kv_heads_per_stage);
+  }
+
+  TensorView q_heads(const TensorView& x, int stage) const {
+    if (alone()) return x;
+    const int64_t count = problem_.kv_heads_per_stage * (problem_.heads / problem_.kv_heads);
+    return x.slice(1, stage * count, count);
+  }
+
+  /// Starts the gather of a stage once attention has left its slot.
+  void gather(int stage) {
+    if (alone() || stage >= stages_) return;
+    backend_->order(backend_->compute_queue(), backend_->exchange_queue());
+    const Pair& slot = gathered_[static_cast<std::size_t>(stage % slots_)];
+    const TensorView sources[] = {kv_heads(k_, stage), kv_heads(v_, stage)};
+    const TensorView destinations[] = {slot.k.view, slot.v.view};
+    transport_.gather(sources, destinations, table_, {"gather of K and V", stage, stages_},
+                      backend_->exchange_queue());
+    if (stage == 0) backend_->order(backend_->exchange_queue(), backend_->compute_queue());
+  }
+
+  /// Where two slots allow it, starts the next gather before this stage's attention.
+  void gather_next(int stage) {
+    if (slots_ == 2) gather(stage + 1);
+  }
+
+  /// Makes attention that is given from here on wait for the gather of a stage. Called before the
+  /// reduction is given to the exchange queue, so that attention does not wait for that.
+  void await_gather(int stage) {
+    if (alone() || stage >= stages_) return;
+    if (slots_ == 1) gather(stage);
+    backend_->order(backend_->exchange_queue(), backend_->compute_queue());
+  }
+
+  void fill(AttendArgs& args, int stage) const {
+    args.q = q_heads(q_, stage);
+    args.k = alone() ? k_ : gathered_[static_cast<std::size_t>(stage % slots_)].k.view;
+    args.v = alone() ? v_ : gathered_[static_cast<std::size_t>(stage % slots_)].v.view;
+    args.plan = &plan_;
+    args.rank = transport_.rank();
+    args.items = items_;
+    args.mask = options_.mask;
+    args.scale = problem_.scale;
+    args.softcap = options_.softcap;
+    args.deterministic = options_.deterministic;
+  }
+
+  const TensorView& q_;
+  const TensorView& k_;
+  const TensorView& v_;
+  const Plan& plan_;
+  comm::Transport& transport_;
+  const AttentionOptions& options_;
+  const Problem& problem_;
+  std::unique_ptr<Backend> backend_;
+  std::vector<WorkItem> items_;
+  comm::ExchangeTable table_;
+  int stages_ = 1;
+  int slots_ = 1;
+  std::vector<Pair> gathered_;
+};
+
+}  // namespace
+
+int64_t auto_kv_heads_per_stage(const Plan& plan, int64_t kv_heads, int64_t head_dim, DType dtype,
+                                Device) {
+  // Every rank must choose alike, so the choice rests on what all of them know.
+  const int64_t head_bytes = 2 * plan.total_tokens() * head_dim * item_size(dtype);
+  int64_t best = 1;
+  for (int64_t stage = 1; stage <= kv_heads; ++stage) {
+    if (kv_heads % stage == 0 && head_bytes <= kStageBytes / stage) best = stage;
+  }
+  return best;
+}
+
+void forward(const TensorView& q, const TensorView& k, const TensorView& v, const Plan& plan,
+             const Communicator& communicator, const AttentionOptions& options,
+             const TensorView& out, const TensorView& lse) {
+  const Problem problem =
+      agree_on(comm::Direction::kForward, q, plan, communicator, options, [&] {
+        return check_forward(q, k, v, plan, communicator, options, out, lse);
+      });
+  or_abort(communicator, [&] {
+    Schedule(q, k, v, plan, communicator, options, problem).forward(out, lse);
+  });
+}
+
+void backward(const TensorView& dout, const TensorView& q, const TensorView& k,
+              const TensorView& v, const TensorView& out, const TensorView& lse, const Plan& plan,
+              const Communicator& communicator, const AttentionOptions& options,
+              const TensorView& dq, const TensorView& dk, const TensorView& dv) {
+  const Problem problem =
+      agree_on(comm::Direction::kBackward, q, plan, communicator, options, [&] {
+        return check_backward(dout, q, k, v, out, lse, plan, communicator, options, dq, dk, dv);
+      });
+  or_abort(communicator, [&] {
+    Schedule(q, k, v, plan, communicator, options, problem)
+        .backward(dout, out, lse, dq, dk, dv);
+  });
+}
+
+}  // namespace zigzag
