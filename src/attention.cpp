@@ -10,6 +10,7 @@
 #include "backend.h"
 #include "comm/agree.h"
 #include "comm/transport.h"
+#include "schedule_tables.h"
 #include "zigzag/error.h"
 
 namespace zigzag {
@@ -71,9 +72,9 @@ class Schedule {
         options_(options),
         problem_(problem),
         backend_(make_backend(q.device, problem.kernels, options.stream)),
-        items_(plan.work_items(communicator.rank(), options.mask)) {
+        tables_(schedule_tables(plan, communicator.rank(), options.mask)),
+        table_(tables_->exchange) {
     if (alone()) return;
-    table_ = comm::make_exchange_table(plan, communicator.rank(), options.mask);
     stages_ = static_cast<int>(problem.kv_heads / problem.kv_heads_per_stage);
     slots_ = backend_->overlaps() && stages_ > 1 ? 2 : 1;
     for (int slot = 0; slot < slots_; ++slot) {
@@ -189,7 +190,7 @@ class Schedule {
     args.v = alone() ? v_ : gathered_[static_cast<std::size_t>(stage % slots_)].v.view;
     args.plan = &plan_;
     args.rank = transport_.rank();
-    args.items = items_;
+    args.items = tables_->items;
     args.mask = options_.mask;
     args.scale = problem_.scale;
     args.softcap = options_.softcap;
@@ -204,8 +205,8 @@ class Schedule {
   const AttentionOptions& options_;
   const Problem& problem_;
   std::unique_ptr<Backend> backend_;
-  std::vector<WorkItem> items_;
-  comm::ExchangeTable table_;
+  std::shared_ptr<const ScheduleTables> tables_;
+  const comm::ExchangeTable& table_;
   int stages_ = 1;
   int slots_ = 1;
   std::vector<Pair> gathered_;

@@ -275,6 +275,11 @@ LocalRow Plan::local_row(int64_t token) const {
   return {chunk_owner(found.index), found.local_row + position - found.begin};
 }
 
+bool Plan::operator==(const Plan& other) const {
+  return data_ == other.data_ || (data_->ranks == other.data_->ranks &&
+                                  data_->cu_seqlens == other.data_->cu_seqlens);
+}
+
 std::uint64_t Plan::fingerprint() const {
   // FNV-1a over 64-bit words, with a final avalanche so that low bits depend on every word.
   std::uint64_t hash = 0xcbf29ce484222325U;

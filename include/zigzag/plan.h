@@ -184,6 +184,9 @@ class Plan {
   std::vector<double> gathered_bytes_all(std::int64_t kv_heads, std::int64_t head_dim,
                                          std::int64_t item_size, const Mask& mask = {}) const;
 
+  /// True when both lay out the same documents over as many ranks.
+  bool operator==(const Plan& other) const;
+
   /// A 64-bit hash of cu_seqlens and W that ranks compare before the first exchange.
   std::uint64_t fingerprint() const;
 

@@ -23,6 +23,8 @@ struct ExchangeTable {
   std::int64_t gathered_tokens = 0;
   /// The largest shard of any rank: all ranks derive the same number of rounds from it.
   std::int64_t max_local_tokens = 0;
+  /// Names the plan, rank and mask, so that copies of the table on a device can be kept; 0: none.
+  std::uint64_t key = 0;
 };
 
 /// The table of one rank, which only asks the plan. O(documents x W).
