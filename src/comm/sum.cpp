@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "comm/rows.h"
-#include "io/convert.h"
+#include "half.h"
 #include "zigzag/error.h"
 
 namespace zigzag::comm {
@@ -25,12 +25,12 @@ void store(std::byte* to, DType dtype, const float* values, std::int64_t count) 
       return;
     case DType::kFloat16: {
       auto* out = reinterpret_cast<std::uint16_t*>(to);
-      for (std::int64_t i = 0; i < count; ++i) out[i] = io::to_float16(values[i]);
+      for (std::int64_t i = 0; i < count; ++i) out[i] = to_float16(values[i]);
       return;
     }
     case DType::kBFloat16: {
       auto* out = reinterpret_cast<std::uint16_t*>(to);
-      for (std::int64_t i = 0; i < count; ++i) out[i] = io::to_bfloat16(values[i]);
+      for (std::int64_t i = 0; i < count; ++i) out[i] = to_bfloat16(values[i]);
       return;
     }
     default:

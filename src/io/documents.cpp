@@ -49,50 +49,19 @@ void list_folder(const fs::path& folder, std::vector<fs::path>& files,
   }
 }
 
-// Appends at most `limit` bytes of a file; true when it has more.
-bool append_file(const std::string& path, std::int64_t limit, std::vector<std::uint8_t>& tokens) {
-  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (descriptor < 0) unreadable(path, std::strerror(errno));
-  std::error_code error;
-  const std::uintmax_t expected = fs::file_size(path, error);
-  if (!error) {
-    const auto more = std::min<std::uintmax_t>(expected, static_cast<std::uintmax_t>(limit));
-    tokens.reserve(tokens.size() + static_cast<std::size_t>(more));
-  }
-  std::vector<std::uint8_t> piece(std::size_t{1} << 20);
-  bool cut = false;
-  while (true) {
-    // One byte over the limit tells whether the file goes on.
-    const auto want = std::min<std::int64_t>(static_cast<std::int64_t>(piece.size()), limit + 1);
-    const ssize_t got = ::read(descriptor, piece.data(), static_cast<std::size_t>(want));
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) {
-      const int code = errno;
-      ::close(descriptor);
-      unreadable(path, std::strerror(code));
-    }
-    if (got == 0) break;
-    const std::int64_t taken = std::min<std::int64_t>(got, limit);
-    tokens.insert(tokens.end(), piece.begin(), piece.begin() + taken);
-    limit -= taken;
-    cut = got > taken;
-    if (cut) break;
-  }
-  ::close(descriptor);
-  return cut;
-}
-
 }  // namespace
 
-DocumentPack read_documents(std::span<const std::string> paths, std::int64_t max_tokens) {
-  if (paths.empty()) throw InvalidArgument("no document is given; name at least one file or folder");
-  DocumentPack pack;
+DocumentList list_documents(std::span<const std::string> paths, std::int64_t max_tokens) {
+  if (paths.empty()) {
+    throw InvalidArgument("no document is given; name at least one file or folder");
+  }
+  DocumentList list;
   std::vector<fs::path> files;
   for (const std::string& path : paths) {
     std::error_code error;
     const fs::file_status status = fs::status(path, error);
     if (fs::is_directory(status)) {
-      list_folder(path, files, pack.notes);
+      list_folder(path, files, list.notes);
     } else if (fs::is_regular_file(status)) {
       files.emplace_back(path);
     } else if (fs::exists(status)) {
@@ -102,29 +71,58 @@ DocumentPack read_documents(std::span<const std::string> paths, std::int64_t max
     }
   }
   if (files.empty()) {
-    throw InvalidArgument(fmt::format("'{}' holds no regular file, so there is no document",
-                                      paths.front()));
+    throw InvalidArgument(
+        fmt::format("'{}' holds no regular file, so there is no document", paths.front()));
   }
-  std::int64_t left = max_tokens < 0 ? std::numeric_limits<std::int64_t>::max() - 1 : max_tokens;
-  pack.cu_seqlens.push_back(0);
+  std::int64_t left = max_tokens < 0 ? std::numeric_limits<std::int64_t>::max() : max_tokens;
+  list.cu_seqlens.push_back(0);
   for (std::size_t i = 0; i < files.size(); ++i) {
     if (left == 0) {
-      pack.notes.push_back(fmt::format("left out {} of {} documents: --max-tokens {} is reached",
+      list.notes.push_back(fmt::format("left out {} of {} documents: the limit of {} tokens is "
+                                       "reached",
                                        files.size() - i, files.size(), max_tokens));
       break;
     }
-    const std::size_t before = pack.tokens.size();
-    const bool cut = append_file(files[i].string(), left, pack.tokens);
-    const auto length = static_cast<std::int64_t>(pack.tokens.size() - before);
-    left -= length;
-    pack.names.push_back(files[i].string());
-    pack.cu_seqlens.push_back(pack.cu_seqlens.back() + length);
-    if (cut) {
-      pack.notes.push_back(fmt::format("cut '{}' after {} bytes: --max-tokens {} is reached",
-                                       files[i].string(), length, max_tokens));
+    const std::string name = files[i].string();
+    std::error_code error;
+    const std::uintmax_t bytes = fs::file_size(files[i], error);
+    if (error) unreadable(name, error.message());
+    if (::access(name.c_str(), R_OK) != 0) unreadable(name, std::strerror(errno));
+    const auto taken = static_cast<std::int64_t>(
+        std::min<std::uintmax_t>(bytes, static_cast<std::uintmax_t>(left)));
+    if (static_cast<std::uintmax_t>(taken) < bytes) {
+      list.notes.push_back(fmt::format("cut '{}' after {} of {} bytes: the limit of {} tokens is "
+                                       "reached",
+                                       name, taken, bytes, max_tokens));
     }
+    left -= taken;
+    list.names.push_back(name);
+    list.cu_seqlens.push_back(list.cu_seqlens.back() + taken);
   }
-  return pack;
+  return list;
+}
+
+std::vector<std::uint8_t> read_tokens(const DocumentList& list) {
+  std::vector<std::uint8_t> tokens(static_cast<std::size_t>(list.cu_seqlens.back()));
+  for (std::size_t i = 0; i < list.names.size(); ++i) {
+    const int descriptor = ::open(list.names[i].c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (descriptor < 0) unreadable(list.names[i], std::strerror(errno));
+    std::int64_t at = list.cu_seqlens[i];
+    std::string failure;
+    while (at < list.cu_seqlens[i + 1] && failure.empty()) {
+      // Linux reads at most 2^31 - 4096 bytes a call.
+      const std::int64_t want = std::min<std::int64_t>(list.cu_seqlens[i + 1] - at, 1 << 30);
+      const ssize_t got =
+          ::read(descriptor, tokens.data() + at, static_cast<std::size_t>(want));
+      if (got < 0 && errno == EINTR) continue;
+      if (got < 0) failure = std::strerror(errno);
+      if (got == 0) failure = "it became shorter while it was read";
+      if (got > 0) at += got;
+    }
+    ::close(descriptor);
+    if (!failure.empty()) unreadable(list.names[i], failure);
+  }
+  return tokens;
 }
 
 }  // namespace zigzag::io

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <utility>
 
-#include "io/convert.h"
+#include "half.h"
 #include "io/deterministic_math.h"
 #include "zigzag/error.h"
 

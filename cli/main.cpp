@@ -1,0 +1,105 @@
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <new>
+
+#include "command.h"
+#include "io/atomic_file.h"
+#include "zigzag/error.h"
+#include "zigzag/system.h"
+
+namespace zigzag::cli {
+namespace {
+
+// Removes unfinished outputs, then dies of the same signal so that the caller's shell sees it.
+void on_signal(int number) {
+  io::unlink_temporary_files();
+  std::signal(number, SIG_DFL);
+  std::raise(number);
+}
+
+void install_handlers() {
+  for (const int number : {SIGINT, SIGTERM, SIGHUP}) {
+    // What the caller ignores (nohup) stays ignored.
+    if (std::signal(number, on_signal) == SIG_IGN) std::signal(number, SIG_IGN);
+  }
+}
+
+// Every process of an MPI job reads the same flags and finds the same mistakes: one of them speaks.
+bool speaks() {
+  for (const char* name : {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"}) {
+    const char* rank = std::getenv(name);
+    if (rank != nullptr) return std::string_view(rank) == "0";
+  }
+  return true;
+}
+
+// One sentence for a mistake in the flags that the parser found.
+std::string parse_sentence(const CLI::App& app, const CLI::ParseError& error) {
+  std::string name = "zigzag";
+  for (const CLI::App* command = &app; command != nullptr;) {
+    const auto chosen = command->get_subcommands();
+    command = chosen.empty() ? nullptr : chosen.front();
+    if (command != nullptr) name += " " + command->get_name();
+  }
+  std::string what = error.what();
+  if (dynamic_cast<const CLI::ExtrasError*>(&error) != nullptr) {
+    what = "unknown argument" + what.substr(std::min(what.find(':'), what.size()));
+  }
+  for (char& c : what) {
+    if (c == '\n') c = ' ';
+  }
+  return fmt::format("{} ({} --help lists what is allowed)", what, name);
+}
+
+int command_line(int argc, char** argv) {
+  CLI::App app("Exact attention over packed documents sharded over ranks.", "zigzag");
+  app.set_version_flag("--version", fmt::format("zigzag {}", version()));
+  app.require_subcommand(1);
+  app.footer("zigzag <subcommand> --help explains each with examples.");
+  Action action;
+  add_plan(app, action);
+  add_run(app, action);
+  add_bench(app, action);
+  add_doctor(app, action);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& success) {
+    return app.exit(success);
+  } catch (const CLI::ParseError& error) {
+    throw InvalidArgument(parse_sentence(app, error));
+  }
+  const int code = action();
+  if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
+    throw EnvironmentError("standard output cannot be written");
+  }
+  return code;
+}
+
+}  // namespace
+
+void say(const std::string& line) {
+  if (speaks()) fmt::print(stderr, "{}\n", line);
+}
+
+}  // namespace zigzag::cli
+
+int main(int argc, char** argv) {
+  using namespace zigzag;
+  cli::install_handlers();
+  try {
+    return cli::command_line(argc, argv);
+  } catch (const InvalidArgument& error) {
+    cli::say(fmt::format("zigzag: {}", error.what()));
+    return cli::kExitBadInput;
+  } catch (const std::bad_alloc&) {
+    cli::say("zigzag: not enough memory; use fewer tokens, heads or a smaller head_dim");
+    return cli::kExitEnvironment;
+  } catch (const std::exception& error) {
+    cli::say(fmt::format("zigzag: {}", error.what()));
+    return cli::kExitEnvironment;
+  }
+}

@@ -1,0 +1,2 @@
+#include "command.h"
+namespace zigzag::cli { void add_run(CLI::App&, Action&) {} }
