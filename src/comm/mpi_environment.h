@@ -1,0 +1,44 @@
+#pragma once
+
+#include <string>
+
+namespace zigzag::comm {
+
+/// MPI for the life of a command, on the main thread. The library itself never initialises MPI;
+/// this is for programs. Throws EnvironmentError when the library was built without MPI.
+///
+/// The destructor finalises MPI unless the group has failed: then finalising would wait for dead
+/// peers, and the program should end by itself. While the object lives, SIGTERM, with which
+/// mpirun ends a job when one process died, does not kill the process: a rank that waits or comes
+/// to its next exchange gets a CommunicationError instead and can say what happened.
+class MpiEnvironment {
+ public:
+  MpiEnvironment();
+  ~MpiEnvironment();
+  MpiEnvironment(const MpiEnvironment&) = delete;
+  MpiEnvironment& operator=(const MpiEnvironment&) = delete;
+
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+
+ private:
+  int rank_ = 0;
+  int size_ = 1;
+};
+
+/// True when this process was started by mpirun or srun as one of several, as far as the
+/// environment tells; MPI need not be initialised.
+bool started_by_mpi_launcher();
+
+/// Whether the library has MPI, and which: "Open MPI 4.1.4", or how to build it.
+bool has_mpi();
+std::string mpi_description();
+
+namespace detail {
+/// The signal that asks this process to end, once it came; 0 before. Set by MpiEnvironment.
+int termination_signal();
+/// From here on MpiEnvironment does not finalise.
+void mark_mpi_failed();
+}  // namespace detail
+
+}  // namespace zigzag::comm
