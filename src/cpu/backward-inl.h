@@ -1,0 +1,316 @@
+// Per-target: included once for each target by kernels.cpp.
+#if defined(ZIGZAG_CPU_BACKWARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef ZIGZAG_CPU_BACKWARD_INL_H_
+#undef ZIGZAG_CPU_BACKWARD_INL_H_
+#else
+#define ZIGZAG_CPU_BACKWARD_INL_H_
+#endif
+
+#include <hwy/highway.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "cpu/panel-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace zigzag::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+/// Scratch of a backward task.
+struct BackwardScratch {
+  BackwardScratch(std::byte* memory, std::int64_t head_dim, std::int64_t lanes)
+      : columns(padded_columns(head_dim)), stride(columns + 16) {
+    Carver carver(memory);
+    const std::int64_t width = (lanes + kVectorLanes - 1) / kVectorLanes * kVectorLanes;
+    q = carver.floats(head_dim * width);
+    dout = carver.floats(head_dim * width);
+    q_rows = carver.floats(width * stride);
+    dout_rows = carver.floats(width * stride);
+    dq = carver.floats(columns * width);
+    lse = carver.floats(width);
+    delta = carver.floats(width);
+    k = carver.floats(kBlockKeys * stride);
+    v = carver.floats(kBlockKeys * stride);
+    k_clean = carver.floats(kBlockKeys * stride);
+    dk = carver.floats(kBlockKeys * stride);
+    dv = carver.floats(kBlockKeys * stride);
+    weights = carver.floats(kBlockKeys * kPanelLanes);
+    slopes = carver.floats(kBlockKeys * kPanelLanes);
+    dscores = carver.floats(kBlockKeys * kPanelLanes);
+    rows = carver.floats(kPanelLanes * stride);
+    bytes = carver.bytes();
+  }
+  std::int64_t columns;  // head_dim, padded
+  std::int64_t stride;   // between packed rows
+  float* q;              // panels of [head_dim, width]
+  float* dout;           // panels of [head_dim, width]
+  float* q_rows;         // [lanes, stride], 0 for what is not finite
+  float* dout_rows;      // [lanes, stride], 0 for what is not finite
+  float* dq;             // panels of [columns, width]
+  float* lse;            // [lanes], in units of log2
+  float* delta;          // [lanes] sums of dout * out
+  float* k;              // [kBlockKeys, stride]
+  float* v;              // [kBlockKeys, stride]
+  float* k_clean;        // k with 0 for what is not finite
+  float* dk;             // [kBlockKeys, stride] sums of this task
+  float* dv;             // [kBlockKeys, stride]
+  float* weights;        // [kBlockKeys, width] 2^(score - lse)
+  float* slopes;         // [kBlockKeys, width] slope of the softcap
+  float* dscores;        // [kBlockKeys, width]
+  float* rows;           // [kPanelLanes, stride]
+  std::size_t bytes;
+};
+
+/// sums(key, c) += sum over lanes of factors(key, lane) * rows(lane, c).
+inline HWY_ATTR void add_outer(const float* factors, std::int64_t width, const float* rows,
+                               std::int64_t stride, std::int64_t columns, std::int64_t lanes,
+                               const BlockRange& range, float* sums) {
+  const auto chunk = [&](auto vectors, std::int64_t c) HWY_ATTR {
+    constexpr int kVectors = decltype(vectors)::value;
+    const Floats d;
+    for (std::int64_t key = range.begin; key < range.end; key += kTileRows) {
+      Tile<kVectors> tile;
+      float* at = sums + key * stride + c;
+      for (int i = 0; i < kTileRows; ++i) {
+        for (int v = 0; v < kVectors; ++v) {
+          tile.value[i][v] = hn::Load(d, at + i * stride + v * kVectorLanes);
+        }
+      }
+      multiply<false>(factors + key * width, width, rows + c, stride, lanes, tile);
+      for (int i = 0; i < kTileRows; ++i) {
+        for (int v = 0; v < kVectors; ++v) {
+          hn::Store(tile.value[i][v], d, at + i * stride + v * kVectorLanes);
+        }
+      }
+    }
+  };
+  for (std::int64_t c = 0; c < columns;) {
+    const int vectors = next_vectors((columns - c) / kVectorLanes);
+    switch (vectors) {
+      case 1:
+        chunk(std::integral_constant<int, 1>(), c);
+        break;
+      case 2:
+        chunk(std::integral_constant<int, 2>(), c);
+        break;
+      default:
+        chunk(std::integral_constant<int, 3>(), c);
+    }
+    c += vectors * kVectorLanes;
+  }
+}
+
+/// One panel against one block of keys: recomputes the weights P, then dV += P^T dO, dP = dO V^T,
+/// dS = P (dP - delta), dQ += dS K and dK += dS^T Q, the last two still without `scale`.
+template <int kVectors>
+HWY_ATTR void backward_block(const Problem& problem, const RowGroup& group, const Panel& panel,
+                             std::int64_t block, const BlockRange& range, bool finite_k,
+                             bool finite_rows, const BackwardScratch& scratch) {
+  const Floats d;
+  constexpr int kWidth = kVectors * kVectorLanes;
+  const std::int64_t head_dim = problem.head_dim;
+  const std::int64_t stride = scratch.stride;
+  const float* q = scratch.q + head_dim * panel.offset;
+  const float* dout = scratch.dout + head_dim * panel.offset;
+  float* dq = scratch.dq + scratch.columns * panel.offset;
+  LaneMask mask;
+  const bool masked = range.begin < range.full_begin || range.end > range.full_end;
+  if (masked || !finite_k || !finite_rows) mask.set(problem, group, panel, block);
+
+  const FloatVec one = hn::Set(d, 1.0f);
+  const float inverse_cap = problem.cap == 0 ? 0 : 1 / problem.cap;
+  for (int key = range.begin; key < range.end; key += kTileRows) {
+    Tile<kVectors> tile;
+    set_zero(tile);
+    multiply<false>(scratch.k + key * stride, stride, q, kWidth, head_dim, tile);
+    const bool full = range.full(key);
+    for (int i = 0; i < kTileRows; ++i) {
+      for (int v = 0; v < kVectors; ++v) {
+        const std::int64_t at = (key + i) * kWidth + v * kVectorLanes;
+        const FloatVec s = score(problem, tile.value[i][v]);
+        const FloatVec lse = hn::Load(d, scratch.lse + panel.offset + v * kVectorLanes);
+        FloatVec weight = exp2(d, hn::Sub(s, lse));
+        if (!full) weight = hn::IfThenElseZero(mask.sees_vector(v, key + i), weight);
+        hn::Store(weight, d, scratch.weights + at);
+        if (problem.cap != 0) {
+          const FloatVec tangent = hn::Mul(s, hn::Set(d, inverse_cap));
+          hn::Store(hn::NegMulAdd(tangent, tangent, one), d, scratch.slopes + at);
+        }
+      }
+    }
+  }
+  for (int key = range.begin; key < range.end; key += kTileRows) {
+    Tile<kVectors> tile;
+    set_zero(tile);
+    multiply<false>(scratch.v + key * stride, stride, dout, kWidth, head_dim, tile);
+    const bool full = range.full(key);
+    for (int i = 0; i < kTileRows; ++i) {
+      for (int v = 0; v < kVectors; ++v) {
+        const std::int64_t at = (key + i) * kWidth + v * kVectorLanes;
+        const FloatVec delta = hn::Load(d, scratch.delta + panel.offset + v * kVectorLanes);
+        const FloatVec weight = hn::Load(d, scratch.weights + at);
+        FloatVec dscore = hn::Mul(weight, hn::Sub(tile.value[i][v], delta));
+        if (problem.cap != 0) dscore = hn::Mul(dscore, hn::Load(d, scratch.slopes + at));
+        if (!full) dscore = hn::IfThenElseZero(mask.sees_vector(v, key + i), dscore);
+        hn::Store(dscore, d, scratch.dscores + at);
+      }
+    }
+  }
+  add_outer(scratch.weights, kWidth, scratch.dout_rows + panel.offset * stride, stride,
+            scratch.columns, panel.lanes, range, scratch.dv);
+  add_outer(scratch.dscores, kWidth, scratch.q_rows + panel.offset * stride, stride,
+            scratch.columns, panel.lanes, range, scratch.dk);
+  const float* keys = finite_k ? scratch.k : scratch.k_clean;
+  for (std::int64_t c = 0; c < head_dim; c += kTileRows) {
+    Tile<kVectors> tile;
+    set_zero(tile);
+    multiply<true>(keys + range.begin * stride + c, stride, scratch.dscores + range.begin * kWidth,
+                   kWidth, range.end - range.begin, tile);
+    for (int i = 0; i < kTileRows; ++i) {
+      for (int v = 0; v < kVectors; ++v) {
+        float* at = dq + (c + i) * kWidth + v * kVectorLanes;
+        hn::Store(hn::Add(hn::Load(d, at), tile.value[i][v]), d, at);
+      }
+    }
+  }
+  if (finite_k && finite_rows) return;
+  // 0 times a value that is not finite would be NaN: such values reach only what sees them.
+  for (int key = range.begin; key < range.end; ++key) {
+    for (int l = 0; l < panel.lanes; ++l) {
+      if (!mask.sees(l, key)) continue;
+      const float weight = scratch.weights[key * kWidth + l];
+      const float dscore = scratch.dscores[key * kWidth + l];
+      for (std::int64_t c = 0; c < head_dim; ++c) {
+        const float k = scratch.k[key * stride + c];
+        const float q_value = q[c * kWidth + l];
+        const float dout_value = dout[c * kWidth + l];
+        if (!std::isfinite(k)) dq[c * kWidth + l] += dscore * k;
+        if (!std::isfinite(q_value)) scratch.dk[key * stride + c] += dscore * q_value;
+        if (!std::isfinite(dout_value)) scratch.dv[key * stride + c] += weight * dout_value;
+      }
+    }
+  }
+}
+
+/// Loads a panel's q and dout in both layouts, lse and delta. Returns whether all are finite.
+inline HWY_ATTR bool start_backward(const Problem& problem, const RowGroup& group,
+                                    const Panel& panel, const BackwardScratch& scratch) {
+  const AttendBackwardArgs& args = *problem.backward;
+  const std::int64_t head_dim = problem.head_dim;
+  const std::int64_t stride = scratch.stride;
+  const Floats d;
+  float* q_rows = scratch.q_rows + panel.offset * stride;
+  float* dout_rows = scratch.dout_rows + panel.offset * stride;
+  bool finite = load_lanes(problem, args.q, group, panel, stride, q_rows);
+  finite &= load_lanes(problem, args.dout, group, panel, stride, dout_rows);
+  load_lanes(problem, args.out, group, panel, stride, scratch.rows);
+  transpose(q_rows, stride, panel.width(), head_dim, scratch.q + head_dim * panel.offset,
+            panel.width());
+  transpose(dout_rows, stride, panel.width(), head_dim, scratch.dout + head_dim * panel.offset,
+            panel.width());
+  for (int l = 0; l < panel.width(); ++l) {
+    FloatVec sum = hn::Zero(d);
+    for (std::int64_t c = 0; c < scratch.columns; c += kVectorLanes) {
+      sum = hn::MulAdd(hn::Load(d, dout_rows + l * stride + c),
+                       hn::Load(d, scratch.rows + l * stride + c), sum);
+    }
+    scratch.delta[panel.offset + l] = hn::GetLane(hn::SumOfLanes(d, sum));
+    constexpr float kLog2E = 1.4426950408889634f;
+    scratch.lse[panel.offset + l] =
+        l < panel.lanes ? *lse_pointer(problem, group, panel.lane_begin + l) * kLog2E : 0.0f;
+  }
+  if (!finite) {
+    for (int l = 0; l < panel.lanes; ++l) {
+      clean(q_rows + l * stride, scratch.columns, q_rows + l * stride);
+      clean(dout_rows + l * stride, scratch.columns, dout_rows + l * stride);
+    }
+  }
+  float* dq = scratch.dq + scratch.columns * panel.offset;
+  std::fill(dq, dq + scratch.columns * panel.width(), 0.0f);
+  return finite;
+}
+
+/// Adds a task's dK and dV of one block to the unit's.
+inline void add_gradients(const Problem& problem, const RowGroup& group, std::int64_t block,
+                          const BlockRange& range, const GradientSums& sums,
+                          const BackwardScratch& scratch) {
+  const WorkItem& item = *group.item;
+  const auto scale = static_cast<float>(problem.args->scale);
+  for (std::int64_t key = range.begin; key < range.end; ++key) {
+    const std::int64_t row = block * kBlockKeys + key - item.k_position;
+    if (row < 0 || row >= item.k_count) continue;
+    const std::int64_t at = item.k_begin + row - sums.first_row;
+    float* dk = sums.dk + at * sums.stride_k;
+    float* dv = sums.dv + at * sums.stride_v;
+    const float* dk_task = scratch.dk + key * scratch.stride;
+    const float* dv_task = scratch.dv + key * scratch.stride;
+    for (std::int64_t c = 0; c < problem.head_dim; ++c) {
+      dk[c] += dk_task[c] * scale;
+      dv[c] += dv_task[c];
+    }
+  }
+}
+
+inline HWY_ATTR void backward_group(const Problem& problem, const BackwardTask& task,
+                                    std::byte* memory) {
+  const RowGroup& group = *task.group;
+  const BackwardScratch scratch(memory, problem.head_dim, group.lane_end - group.lane_begin);
+  const AttendBackwardArgs& args = *problem.backward;
+  bool finite_rows = true;
+  for_each_panel(problem, group, [&](const Panel& panel) HWY_ATTR {
+    finite_rows &= start_backward(problem, group, panel, scratch);
+  });
+  Panel whole;
+  whole.first = whole.last = group.keys;
+  const std::int64_t end = group.keys.end;
+  for (std::int64_t block = group.keys.first / kBlockKeys; block * kBlockKeys < end; ++block) {
+    const BlockRange all = block_range(whole, block);
+    const bool finite_k =
+        load_block(args.k, group, block, all, problem.head_dim, scratch.stride, scratch.k);
+    load_block(args.v, group, block, all, problem.head_dim, scratch.stride, scratch.v);
+    if (!finite_k) {
+      clean_block(scratch.k, scratch.stride, all, scratch.columns, scratch.k_clean);
+    }
+    std::fill(scratch.dk + all.begin * scratch.stride, scratch.dk + all.end * scratch.stride, 0.0f);
+    std::fill(scratch.dv + all.begin * scratch.stride, scratch.dv + all.end * scratch.stride, 0.0f);
+    for_each_panel(problem, group, [&](const Panel& panel) HWY_ATTR {
+      const BlockRange range = block_range(panel, block);
+      if (range.begin >= range.end) return;
+      switch (panel.vectors) {
+        case 1:
+          return backward_block<1>(problem, group, panel, block, range, finite_k, finite_rows,
+                                   scratch);
+        case 2:
+          return backward_block<2>(problem, group, panel, block, range, finite_k, finite_rows,
+                                   scratch);
+        default:
+          return backward_block<3>(problem, group, panel, block, range, finite_k, finite_rows,
+                                   scratch);
+      }
+    });
+    task.turns->wait(task.index, block);
+    add_gradients(problem, group, block, all, task.sums, scratch);
+    task.turns->done(task.index, block + 1);
+  }
+  const auto scale = static_cast<float>(args.scale);
+  for_each_panel(problem, group, [&](const Panel& panel) HWY_ATTR {
+    transpose(scratch.dq + scratch.columns * panel.offset, panel.width(), problem.head_dim,
+              panel.width(), scratch.rows, scratch.stride);
+    for (int l = 0; l < panel.lanes; ++l) {
+      float* row = scratch.rows + l * scratch.stride;
+      for (std::int64_t c = 0; c < problem.head_dim; ++c) row[c] = row[c] * scale + 0.0f;
+    }
+    store_lanes(problem, args.dq, group, panel, scratch.stride, scratch.rows);
+  });
+}
+
+inline std::size_t backward_scratch(std::int64_t head_dim, std::int64_t lanes) {
+  return BackwardScratch(nullptr, head_dim, lanes).bytes;
+}
+
+}  // namespace zigzag::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

@@ -1,0 +1,231 @@
+// Per-target: included once for each target by kernels.cpp.
+#if defined(ZIGZAG_CPU_FORWARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef ZIGZAG_CPU_FORWARD_INL_H_
+#undef ZIGZAG_CPU_FORWARD_INL_H_
+#else
+#define ZIGZAG_CPU_FORWARD_INL_H_
+#endif
+
+#include <hwy/highway.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "cpu/panel-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace zigzag::cpu::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+/// The softmax of the keys that a lane has seen so far: `max` of their scores (log2) and `sum` of
+/// 2^(score - max). A lane that has seen no key has max -inf and sum 0. Merging takes the larger
+/// max and scales both sums to it; an empty state adds exactly nothing, and two empty states merge
+/// to an empty one, since differences are taken from 0 where the larger max is -inf.
+struct SoftmaxState {
+  FloatVec max;
+  FloatVec sum;
+
+  /// What scores are subtracted from.
+  HWY_INLINE FloatVec origin() const {
+    const Floats d;
+    const FloatVec lowest = hn::Set(d, -std::numeric_limits<float>::infinity());
+    return hn::IfThenZeroElse(hn::Eq(max, lowest), max);
+  }
+  /// Takes in scores up to `other`; returns the factor that sums so far shrink by.
+  HWY_INLINE FloatVec raise(FloatVec other) {
+    const Floats d;
+    const FloatVec before = max;
+    max = hn::Max(max, other);
+    const FloatVec factor = exp2(d, hn::Sub(before, origin()));
+    sum = hn::Mul(sum, factor);
+    return factor;
+  }
+};
+
+/// Scratch of a forward task.
+struct ForwardScratch {
+  ForwardScratch(std::byte* memory, std::int64_t head_dim, std::int64_t lanes)
+      : columns(padded_columns(head_dim)), stride(columns + 16) {
+    Carver carver(memory);
+    const std::int64_t width = (lanes + kVectorLanes - 1) / kVectorLanes * kVectorLanes;
+    q = carver.floats(head_dim * width);
+    out = carver.floats(columns * width);
+    max = carver.floats(width);
+    sum = carver.floats(width);
+    k = carver.floats(kBlockKeys * stride);
+    v = carver.floats(kBlockKeys * stride);
+    v_clean = carver.floats(kBlockKeys * stride);
+    weights = carver.floats(kBlockKeys * kPanelLanes);
+    rows = carver.floats(kPanelLanes * stride);
+    bytes = carver.bytes();
+  }
+  std::int64_t columns;  // head_dim, padded
+  std::int64_t stride;   // between packed rows: not a power of two, for the cache's sets
+  float* q;              // panels of [head_dim, width]
+  float* out;            // panels of [columns, width], not yet divided by the sums
+  float* max;            // [lanes]
+  float* sum;            // [lanes]
+  float* k;              // [kBlockKeys, stride]
+  float* v;              // [kBlockKeys, stride]
+  float* v_clean;        // v with 0 for what is not finite
+  float* weights;        // [kBlockKeys, width] scores, then 2^(score - max)
+  float* rows;           // [kPanelLanes, stride]
+  std::size_t bytes;
+};
+
+/// One panel against one block of keys.
+template <int kVectors>
+HWY_ATTR void forward_block(const Problem& problem, const RowGroup& group, const Panel& panel,
+                            std::int64_t block, const BlockRange& range, bool finite,
+                            const ForwardScratch& scratch) {
+  const Floats d;
+  constexpr int kWidth = kVectors * kVectorLanes;
+  const FloatVec lowest = hn::Set(d, -std::numeric_limits<float>::infinity());
+  const float* q = scratch.q + problem.head_dim * panel.offset;
+  float* out = scratch.out + scratch.columns * panel.offset;
+  LaneMask mask;
+  const bool masked = range.begin < range.full_begin || range.end > range.full_end;
+  if (masked || !finite) mask.set(problem, group, panel, block);
+
+  FloatVec block_max[kVectors];
+  for (int v = 0; v < kVectors; ++v) block_max[v] = lowest;
+  for (int key = range.begin; key < range.end; key += kTileRows) {
+    Tile<kVectors> tile;
+    set_zero(tile);
+    multiply<false>(scratch.k + key * scratch.stride, scratch.stride, q, kWidth, problem.head_dim,
+                    tile);
+    const bool full = range.full(key);
+    for (int i = 0; i < kTileRows; ++i) {
+      for (int v = 0; v < kVectors; ++v) {
+        FloatVec s = score(problem, tile.value[i][v]);
+        if (!full) s = hn::IfThenElse(mask.sees_vector(v, key + i), s, lowest);
+        block_max[v] = hn::Max(block_max[v], s);
+        hn::Store(s, d, scratch.weights + (key + i) * kWidth + v * kVectorLanes);
+      }
+    }
+  }
+
+  FloatVec factor[kVectors];
+  FloatVec origin[kVectors];
+  FloatVec block_sum[kVectors];
+  SoftmaxState state[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    const std::int64_t at = panel.offset + v * kVectorLanes;
+    state[v] = {hn::Load(d, scratch.max + at), hn::Load(d, scratch.sum + at)};
+    factor[v] = state[v].raise(block_max[v]);
+    origin[v] = state[v].origin();
+    block_sum[v] = hn::Zero(d);
+  }
+  for (int key = range.begin; key < range.end; ++key) {
+    for (int v = 0; v < kVectors; ++v) {
+      float* at = scratch.weights + key * kWidth + v * kVectorLanes;
+      const FloatVec weight = exp2(d, hn::Sub(hn::Load(d, at), origin[v]));
+      block_sum[v] = hn::Add(block_sum[v], weight);
+      hn::Store(weight, d, at);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    const std::int64_t at = panel.offset + v * kVectorLanes;
+    hn::Store(state[v].max, d, scratch.max + at);
+    hn::Store(hn::Add(state[v].sum, block_sum[v]), d, scratch.sum + at);
+  }
+
+  // Sums of a block are added to those of the blocks before it: two short chains keep float32's
+  // digits where one long chain would lose them.
+  const float* values = finite ? scratch.v : scratch.v_clean;
+  for (std::int64_t c = 0; c < problem.head_dim; c += kTileRows) {
+    Tile<kVectors> tile;
+    set_zero(tile);
+    multiply<true>(values + range.begin * scratch.stride + c, scratch.stride,
+                   scratch.weights + range.begin * kWidth, kWidth, range.end - range.begin, tile);
+    for (int i = 0; i < kTileRows; ++i) {
+      for (int v = 0; v < kVectors; ++v) {
+        float* at = out + (c + i) * kWidth + v * kVectorLanes;
+        hn::Store(hn::MulAdd(hn::Load(d, at), factor[v], tile.value[i][v]), d, at);
+      }
+    }
+  }
+  if (finite) return;
+  // 0 times a value that is not finite would be NaN: only lanes that see such a value get it.
+  for (int key = range.begin; key < range.end; ++key) {
+    for (std::int64_t c = 0; c < problem.head_dim; ++c) {
+      const float value = scratch.v[key * scratch.stride + c];
+      if (std::isfinite(value)) continue;
+      for (int l = 0; l < panel.lanes; ++l) {
+        if (mask.sees(l, key)) out[c * kWidth + l] += scratch.weights[key * kWidth + l] * value;
+      }
+    }
+  }
+}
+
+/// Divides a panel's sums and writes its rows of out and lse.
+inline HWY_ATTR void finish_forward(const Problem& problem, const RowGroup& group,
+                                    const Panel& panel, const ForwardScratch& scratch) {
+  const float* out = scratch.out + scratch.columns * panel.offset;
+  transpose(out, panel.width(), problem.head_dim, panel.width(), scratch.rows, scratch.stride);
+  for (int l = 0; l < panel.lanes; ++l) {
+    const float sum = scratch.sum[panel.offset + l];
+    const float scale = sum == 0 ? 0 : 1 / sum;
+    float* row = scratch.rows + l * scratch.stride;
+    // Adding 0 makes -0 into 0: a tiny sum that rounded to -0 depends on later zero weights.
+    for (std::int64_t c = 0; c < problem.head_dim; ++c) row[c] = row[c] * scale + 0.0f;
+    constexpr double kLn2 = 0.6931471805599453;
+    const double lse = static_cast<double>(scratch.max[panel.offset + l]) * kLn2 +
+                       std::log(static_cast<double>(sum));
+    *lse_pointer(problem, group, panel.lane_begin + l) = static_cast<float>(lse);
+  }
+  store_lanes(problem, problem.args->out, group, panel, scratch.stride, scratch.rows);
+}
+
+inline HWY_ATTR void forward_group(const Problem& problem, const RowGroup& group,
+                                   std::byte* memory) {
+  const ForwardScratch scratch(memory, problem.head_dim, group.lane_end - group.lane_begin);
+  const AttendArgs& args = *problem.args;
+  for_each_panel(problem, group, [&](const Panel& panel) HWY_ATTR {
+    load_lanes(problem, args.q, group, panel, scratch.stride, scratch.rows);
+    transpose(scratch.rows, scratch.stride, panel.width(), problem.head_dim,
+              scratch.q + problem.head_dim * panel.offset, panel.width());
+    float* out = scratch.out + scratch.columns * panel.offset;
+    std::fill(out, out + scratch.columns * panel.width(), 0.0f);
+    std::fill_n(scratch.max + panel.offset, panel.width(),
+                -std::numeric_limits<float>::infinity());
+    std::fill_n(scratch.sum + panel.offset, panel.width(), 0.0f);
+  });
+  Panel whole;
+  whole.first = whole.last = group.keys;
+  const std::int64_t end = group.keys.end;
+  for (std::int64_t block = group.keys.first / kBlockKeys; block * kBlockKeys < end; ++block) {
+    const BlockRange all = block_range(whole, block);
+    load_block(args.k, group, block, all, problem.head_dim, scratch.stride, scratch.k);
+    const bool finite =
+        load_block(args.v, group, block, all, problem.head_dim, scratch.stride, scratch.v);
+    if (!finite) {
+      clean_block(scratch.v, scratch.stride, all, scratch.columns, scratch.v_clean);
+    }
+    for_each_panel(problem, group, [&](const Panel& panel) HWY_ATTR {
+      const BlockRange range = block_range(panel, block);
+      if (range.begin >= range.end) return;
+      switch (panel.vectors) {
+        case 1:
+          return forward_block<1>(problem, group, panel, block, range, finite, scratch);
+        case 2:
+          return forward_block<2>(problem, group, panel, block, range, finite, scratch);
+        default:
+          return forward_block<3>(problem, group, panel, block, range, finite, scratch);
+      }
+    });
+  }
+  for_each_panel(problem, group, [&](const Panel& panel) HWY_ATTR {
+    finish_forward(problem, group, panel, scratch);
+  });
+}
+
+inline std::size_t forward_scratch(std::int64_t head_dim, std::int64_t lanes) {
+  return ForwardScratch(nullptr, head_dim, lanes).bytes;
+}
+
+}  // namespace zigzag::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

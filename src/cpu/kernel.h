@@ -1,0 +1,114 @@
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "backend.h"
+#include "cpu/target.h"
+
+namespace zigzag::cpu {
+
+/// Keys are visited in blocks of this many, at multiples of it counted from the document's start:
+/// so a row's sums are grouped alike whichever rank, item, thread or tile computes it.
+inline constexpr std::int64_t kBlockKeys = 128;
+
+/// Keys that one micro-tile covers; ranges of keys are widened to multiples of it.
+inline constexpr std::int64_t kTileKeys = 8;
+
+/// What all tasks of a call share. Query head h = kv_head * group + member.
+struct Problem {
+  const AttendArgs* args = nullptr;
+  const AttendBackwardArgs* backward = nullptr;  // null in the forward
+  std::int64_t head_dim = 0;
+  std::int64_t group = 1;  // query heads of a KV head
+  // Scores in units of log2: score_scale * q.k, or with a softcap cap * tanh(score_scale * q.k).
+  float score_scale = 0;
+  float cap = 0;
+};
+
+/// The key positions [first, end) of a document that a query sees of an item.
+struct KeyRange {
+  std::int64_t first = 0;
+  std::int64_t end = 0;
+};
+
+/// A task: lanes of one work item and one KV head. Lane l of an item is its query row l / group
+/// and the KV head's member l % group, so that all query heads of a KV head share its keys and
+/// neighbouring lanes see nearly the same keys.
+struct RowGroup {
+  const WorkItem* item = nullptr;
+  std::int64_t kv_head = 0;
+  std::int64_t lane_begin = 0;
+  std::int64_t lane_end = 0;
+  KeyRange keys;           // that any of the lanes sees
+  double cost = 0;         // visible pairs
+  std::int64_t unit = 0;   // backward: which gradients of a document and KV head it adds to
+  std::int64_t previous = -1;  // backward: the task of the unit that adds before this one
+};
+
+/// The keys that one lane of an item sees; first == end when none.
+KeyRange visible_keys(const Problem& problem, const WorkItem& item, std::int64_t lane);
+
+/// The rows of a call cut into tasks of about `lanes` lanes, heaviest first (ties in item order).
+std::vector<RowGroup> row_groups(const Problem& problem, std::int64_t lanes);
+
+/// Where a document's dK and dV of one KV head are summed: row r of the gathered rows
+/// [first_row, ...) at r * stride floats.
+struct GradientSums {
+  float* dk = nullptr;
+  float* dv = nullptr;
+  std::int64_t stride_k = 0;
+  std::int64_t stride_v = 0;
+  std::int64_t first_row = 0;
+};
+
+/// Puts the additions of a unit's tasks into one order, block by block, whatever threads run them.
+class Turns {
+ public:
+  explicit Turns(const std::vector<RowGroup>& groups);
+  /// Waits until every earlier task of the unit that touches `block` has added it.
+  void wait(std::int64_t task, std::int64_t block) const;
+  /// Says that `task` has added every block before `next_block`.
+  void done(std::int64_t task, std::int64_t next_block);
+
+ private:
+  const std::vector<RowGroup>& groups_;
+  std::vector<std::atomic<std::int64_t>> next_block_;
+};
+
+/// One backward task: which group, where its gradients go, and when.
+struct BackwardTask {
+  const RowGroup* group = nullptr;
+  std::int64_t index = 0;
+  GradientSums sums;
+  Turns* turns = nullptr;
+};
+
+/// The kernels of one target and one element type.
+struct KernelSet {
+  std::int64_t panel_lanes;          // lanes that are computed together
+  std::int64_t backward_lanes;       // lanes of a backward task; fixes the order of dK, dV sums
+  /// Bytes of scratch that a task of `lanes` lanes needs.
+  std::size_t (*forward_scratch)(std::int64_t head_dim, std::int64_t lanes);
+  std::size_t (*backward_scratch)(std::int64_t head_dim, std::int64_t lanes);
+  /// Writes out and lse of the group's rows.
+  void (*forward)(const Problem& problem, const RowGroup& group, std::byte* scratch);
+  /// Writes dq of the group's rows and adds to the unit's sums.
+  void (*backward)(const Problem& problem, const BackwardTask& task, std::byte* scratch);
+};
+
+/// Vectorised functions of a target, for tests: y[i] = f(x[i]).
+struct ElementwiseSet {
+  void (*exp2)(const float* x, float* y, std::int64_t count);
+  void (*tanh)(const float* x, float* y, std::int64_t count);
+};
+
+/// The kernels that `target` runs tensors of `dtype` with.
+const KernelSet& kernels_of(Target target, DType dtype);
+
+/// The elementwise functions of a target.
+const ElementwiseSet& elementwise_of(Target target);
+
+}  // namespace zigzag::cpu

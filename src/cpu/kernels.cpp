@@ -1,0 +1,83 @@
+// The float32 kernels, and by conversion those of float16 and bfloat16, for every target of
+// Highway that we use. The included files are compiled once a target.
+#include "cpu/kernel.h"
+
+#undef HWY_DISABLED_TARGETS
+#define HWY_DISABLED_TARGETS \
+  (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3_DL | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cpu/kernels.cpp"
+#include <hwy/foreach_target.h>
+#include <hwy/highway.h>
+
+#include "cpu/backward-inl.h"
+#include "cpu/exp-inl.h"
+#include "cpu/forward-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace zigzag::cpu::HWY_NAMESPACE {
+
+HWY_ATTR void exp2_array(const float* x, float* y, std::int64_t count) {
+  const hn::CappedTag<float, 1> d;
+  for (std::int64_t i = 0; i < count; ++i) hn::Store(exp2(d, hn::Load(d, x + i)), d, y + i);
+}
+
+HWY_ATTR void tanh_array(const float* x, float* y, std::int64_t count) {
+  const hn::CappedTag<float, 1> d;
+  for (std::int64_t i = 0; i < count; ++i) hn::Store(tanh(d, hn::Load(d, x + i)), d, y + i);
+}
+
+const KernelSet* kernel_set() {
+  // Lanes of a backward task: its panels' rows and gradients stay in a second-level cache.
+  static constexpr KernelSet kSet = {kPanelLanes,      4 * kPanelLanes, &forward_scratch,
+                                     &backward_scratch, &forward_group,  &backward_group};
+  return &kSet;
+}
+
+const ElementwiseSet* elementwise_set() {
+  static constexpr ElementwiseSet kSet = {&exp2_array, &tanh_array};
+  return &kSet;
+}
+
+}  // namespace zigzag::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace zigzag::cpu {
+namespace {
+
+HWY_EXPORT(kernel_set);
+HWY_EXPORT(elementwise_set);
+
+// Where a target stands in Highway's tables.
+std::size_t table_index(Target target) {
+  hwy::ChosenTarget chosen;
+  switch (target) {
+    case Target::kBaseline:
+#if HWY_ARCH_X86
+      chosen.Update(0);
+#else
+      chosen.Update(hwy::SupportedTargets());
+#endif
+      break;
+    case Target::kAvx2:
+      chosen.Update(HWY_AVX2);
+      break;
+    default:
+      chosen.Update(HWY_AVX3);
+  }
+  return chosen.GetIndex();
+}
+
+}  // namespace
+
+const KernelSet& kernels_of(Target target, DType) {
+  return *HWY_DISPATCH_TABLE(kernel_set)[table_index(target)]();
+}
+
+const ElementwiseSet& elementwise_of(Target target) {
+  return *HWY_DISPATCH_TABLE(elementwise_set)[table_index(target)]();
+}
+
+}  // namespace zigzag::cpu
+#endif  // HWY_ONCE

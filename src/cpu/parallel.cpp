@@ -1,0 +1,151 @@
+#include "cpu/parallel.h"
+
+#include <oneapi/tbb/global_control.h>
+#include <oneapi/tbb/parallel_for.h>
+#include <oneapi/tbb/partitioner.h>
+#include <oneapi/tbb/task_arena.h>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstdlib>
+#include <exception>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <string>
+#include <thread>
+
+#include "zigzag/error.h"
+#include "zigzag/system.h"
+
+namespace zigzag {
+namespace {
+
+constexpr long kMaxThreads = 4096;
+
+int available_cores() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+}
+
+}  // namespace
+
+int num_threads() {
+  // The affinity of the thread that asks first stands for the process: later callers may be pinned.
+  static const int cores = available_cores();
+  const char* text = std::getenv("ZIGZAG_NUM_THREADS");
+  if (text == nullptr || *text == '\0') return cores;
+  char* end = nullptr;
+  errno = 0;
+  const long value = std::strtol(text, &end, 10);
+  if (*end != '\0' || errno != 0 || value < 1 || value > kMaxThreads) {
+    throw InvalidArgument("ZIGZAG_NUM_THREADS is '" + std::string(text) +
+                          "', but must be a whole number from 1 to " + std::to_string(kMaxThreads));
+  }
+  return static_cast<int>(value);
+}
+
+namespace cpu {
+namespace {
+
+struct SharedArena {
+  explicit SharedArena(int slots)
+      : control(tbb::global_control::max_allowed_parallelism,
+                static_cast<std::size_t>(std::max(slots, available_cores()))),
+        arena(slots) {}
+  tbb::global_control control;
+  tbb::task_arena arena;
+};
+
+// One arena for each number of slots that was ever asked for: one, but for tests that change
+// ZIGZAG_NUM_THREADS. Never destroyed: rank threads may outlive static objects.
+tbb::task_arena& shared_arena(int slots) {
+  static std::mutex& mutex = *new std::mutex;
+  static auto& arenas = *new std::map<int, std::unique_ptr<SharedArena>>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::unique_ptr<SharedArena>& entry = arenas[slots];
+  if (!entry) entry = std::make_unique<SharedArena>(slots);
+  return entry->arena;
+}
+
+}  // namespace
+
+void parallel_for(std::int64_t tasks, const std::function<void(std::int64_t)>& work) {
+  if (tasks <= 0) return;
+  const int slots = num_threads();
+  std::atomic<std::int64_t> next{0};
+  std::exception_ptr error;
+  std::mutex error_mutex;
+  // A thread that began a task finishes it before it looks for other work, and claims in order:
+  // that is what lets a task wait for an earlier one.
+  const auto run = [&](int) {
+    for (;;) {
+      const std::int64_t task = next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= tasks) return;
+      try {
+        work(task);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(error_mutex);
+        if (!error) error = std::current_exception();
+      }
+    }
+  };
+  const int workers = static_cast<int>(std::min<std::int64_t>(slots, tasks));
+  shared_arena(slots).execute([&] {
+    if (workers == 1) {
+      run(0);
+    } else {
+      tbb::parallel_for(0, workers, 1, run, tbb::simple_partitioner());
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
+
+void parallel_ranges(std::int64_t count, std::int64_t grain,
+                     const std::function<void(std::int64_t, std::int64_t)>& work) {
+  grain = std::max<std::int64_t>(1, grain);
+  parallel_for((count + grain - 1) / grain, [&](std::int64_t piece) {
+    work(piece * grain, std::min(count, (piece + 1) * grain));
+  });
+}
+
+namespace {
+
+struct Scratch {
+  static constexpr std::align_val_t kAlignment{64};
+  std::byte* memory = nullptr;
+  std::size_t bytes = 0;
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { release(); }
+  void release() {
+    ::operator delete(memory, kAlignment);
+    memory = nullptr;
+    bytes = 0;
+  }
+};
+
+}  // namespace
+
+std::byte* thread_scratch(std::size_t bytes) {
+  thread_local Scratch scratch;
+  if (scratch.bytes < bytes) {
+    scratch.release();
+    scratch.memory = static_cast<std::byte*>(::operator new(bytes, Scratch::kAlignment));
+    scratch.bytes = bytes;
+  }
+  return scratch.memory;
+}
+
+}  // namespace cpu
+}  // namespace zigzag
