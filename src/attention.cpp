@@ -120,8 +120,8 @@ class Schedule {
       backend_->order(backend_->compute_queue(), backend_->exchange_queue());
       const TensorView sources[] = {partial->k.view, partial->v.view};
       const TensorView destinations[] = {kv_heads(dk, stage), kv_heads(dv, stage)};
-      transport_.reduce(sources, destinations, table_,
-                        {"reduction of dK and dV", stage, stages_}, backend_->exchange_queue());
+      transport_.reduce(sources, destinations, table_, {"reduction of dK and dV", stage, stages_},
+                        backend_->exchange_queue());
     }
     if (!alone()) backend_->order(backend_->exchange_queue(), backend_->compute_queue());
   }
@@ -228,26 +228,22 @@ int64_t auto_kv_heads_per_stage(const Plan& plan, int64_t kv_heads, int64_t head
 void forward(const TensorView& q, const TensorView& k, const TensorView& v, const Plan& plan,
              const Communicator& communicator, const AttentionOptions& options,
              const TensorView& out, const TensorView& lse) {
-  const Problem problem =
-      agree_on(comm::Direction::kForward, q, plan, communicator, options, [&] {
-        return check_forward(q, k, v, plan, communicator, options, out, lse);
-      });
-  or_abort(communicator, [&] {
-    Schedule(q, k, v, plan, communicator, options, problem).forward(out, lse);
+  const Problem problem = agree_on(comm::Direction::kForward, q, plan, communicator, options, [&] {
+    return check_forward(q, k, v, plan, communicator, options, out, lse);
   });
+  or_abort(communicator,
+           [&] { Schedule(q, k, v, plan, communicator, options, problem).forward(out, lse); });
 }
 
-void backward(const TensorView& dout, const TensorView& q, const TensorView& k,
-              const TensorView& v, const TensorView& out, const TensorView& lse, const Plan& plan,
+void backward(const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
+              const TensorView& out, const TensorView& lse, const Plan& plan,
               const Communicator& communicator, const AttentionOptions& options,
               const TensorView& dq, const TensorView& dk, const TensorView& dv) {
-  const Problem problem =
-      agree_on(comm::Direction::kBackward, q, plan, communicator, options, [&] {
-        return check_backward(dout, q, k, v, out, lse, plan, communicator, options, dq, dk, dv);
-      });
+  const Problem problem = agree_on(comm::Direction::kBackward, q, plan, communicator, options, [&] {
+    return check_backward(dout, q, k, v, out, lse, plan, communicator, options, dq, dk, dv);
+  });
   or_abort(communicator, [&] {
-    Schedule(q, k, v, plan, communicator, options, problem)
-        .backward(dout, out, lse, dq, dk, dv);
+    Schedule(q, k, v, plan, communicator, options, problem).backward(dout, out, lse, dq, dk, dv);
   });
 }
 

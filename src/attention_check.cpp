@@ -40,8 +40,8 @@ void check_like(const Named& tensor, const Named& model, DType dtype) {
   if (tensor.view.dtype != dtype) {
     throw InvalidArgument(std::string(tensor.name) + " is " +
                           std::string(dtype_name(tensor.view.dtype)) + "; it must be " +
-                          std::string(dtype_name(dtype)) + (dtype == model.view.dtype ? " like " : " for ") +
-                          model.name);
+                          std::string(dtype_name(dtype)) +
+                          (dtype == model.view.dtype ? " like " : " for ") + model.name);
   }
   if (!(tensor.view.device == model.view.device)) {
     throw InvalidArgument(std::string(tensor.name) + " is on " + device_name(tensor.view.device) +
@@ -90,8 +90,8 @@ void check_inputs(const Named& q, const Named& k, const Named& v) {
 void check_rows(const Named& tensor, int64_t rows, const Plan& plan, int64_t rank) {
   if (tensor.view.shape[0] == rows) return;
   throw InvalidArgument(std::string(tensor.name) + " has " + text(tensor.view.shape[0]) +
-                        " rows; rank " + text(rank) + " of " + text(plan.world_size()) +
-                        " holds " + text(rows) + " of the plan's " + text(plan.total_tokens()) +
+                        " rows; rank " + text(rank) + " of " + text(plan.world_size()) + " holds " +
+                        text(rows) + " of the plan's " + text(plan.total_tokens()) +
                         " tokens (cu_seqlens are those of the whole pack)");
 }
 
@@ -219,8 +219,8 @@ namespace reference {
 
 namespace {
 
-void check_pack(std::span<const int64_t> cu_seqlens, const Named& q, const Named& k,
-                const Named& v, const AttentionOptions& options) {
+void check_pack(std::span<const int64_t> cu_seqlens, const Named& q, const Named& k, const Named& v,
+                const AttentionOptions& options) {
   const Plan plan(cu_seqlens, 1);
   check_inputs(q, k, v);
   for (const Named& tensor : {q, k, v}) {
@@ -229,8 +229,7 @@ void check_pack(std::span<const int64_t> cu_seqlens, const Named& q, const Named
                             " rows; cu_seqlens ends at " + text(plan.total_tokens()));
     }
     if (tensor.view.device.type != DeviceType::kCpu) {
-      throw InvalidArgument(std::string(tensor.name) + " is on " +
-                            device_name(tensor.view.device) +
+      throw InvalidArgument(std::string(tensor.name) + " is on " + device_name(tensor.view.device) +
                             "; the float64 reference runs on the cpu");
     }
   }

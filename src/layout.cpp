@@ -119,8 +119,8 @@ void shard(const TensorView& x, const Plan& plan, int64_t rank, const TensorView
 void unshard(std::span<const TensorView> parts, const Plan& plan, const TensorView& out,
              const OperationOptions& options) {
   if (std::cmp_not_equal(parts.size(), plan.world_size())) {
-    throw InvalidArgument("there are " + std::to_string(parts.size()) +
-                          " parts; the plan has " + std::to_string(plan.world_size()) + " ranks");
+    throw InvalidArgument("there are " + std::to_string(parts.size()) + " parts; the plan has " +
+                          std::to_string(plan.world_size()) + " ranks");
   }
   check_rows("out", out, plan.total_tokens(), "the plan's tokens");
   std::vector<Segment> segments;

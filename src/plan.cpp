@@ -276,8 +276,8 @@ LocalRow Plan::local_row(int64_t token) const {
 }
 
 bool Plan::operator==(const Plan& other) const {
-  return data_ == other.data_ || (data_->ranks == other.data_->ranks &&
-                                  data_->cu_seqlens == other.data_->cu_seqlens);
+  return data_ == other.data_ ||
+         (data_->ranks == other.data_->ranks && data_->cu_seqlens == other.data_->cu_seqlens);
 }
 
 std::uint64_t Plan::fingerprint() const {
@@ -352,9 +352,8 @@ std::vector<WorkItem> Plan::work_items(int64_t rank, const Mask& mask) const {
     return DocumentLayout::pairs(item.q_position, item.q_position + item.q_count,
                                  item.document_length, mask);
   };
-  std::stable_sort(items.begin(), items.end(), [&](const WorkItem& a, const WorkItem& b) {
-    return weight(a) > weight(b);
-  });
+  std::stable_sort(items.begin(), items.end(),
+                   [&](const WorkItem& a, const WorkItem& b) { return weight(a) > weight(b); });
   return items;
 }
 
@@ -396,8 +395,7 @@ std::vector<Segment> Plan::gather_segments(int64_t destination, int64_t source,
       if (first >= last) return;
       const Segment segment{source, source_row + first - begin, keys.row + first - keys.begin,
                             last - first};
-      if (!result.empty() &&
-          result.back().source_row + result.back().rows == segment.source_row &&
+      if (!result.empty() && result.back().source_row + result.back().rows == segment.source_row &&
           result.back().destination_row + result.back().rows == segment.destination_row) {
         result.back().rows += segment.rows;
       } else {
@@ -443,8 +441,8 @@ std::vector<Segment> Plan::prefix_segments(int64_t source,
 int64_t Plan::prefix_tokens(std::span<const int64_t> prefix_chunks) const {
   if (static_cast<int64_t>(prefix_chunks.size()) != data_->documents()) {
     throw InvalidArgument("prefix_chunks has " + text(static_cast<int64_t>(prefix_chunks.size())) +
-                          " entries; it must have one for each of the " +
-                          text(data_->documents()) + " documents");
+                          " entries; it must have one for each of the " + text(data_->documents()) +
+                          " documents");
   }
   int64_t tokens = 0;
   for (int64_t d = 0; d < data_->documents(); ++d) {

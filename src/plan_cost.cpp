@@ -76,8 +76,7 @@ Pairs Plan::DocumentLayout::pairs(int64_t begin, int64_t end, int64_t length, co
 
 std::vector<int64_t> Plan::DocumentLayout::breakpoints(const Mask& mask) const {
   const bool left_bounded = mask.window_left >= 0 && mask.window_left < length;
-  const bool right_bounded =
-      !mask.causal && mask.window_right >= 0 && mask.window_right < length;
+  const bool right_bounded = !mask.causal && mask.window_right >= 0 && mask.window_right < length;
   std::vector<int64_t> result;
   if (base == 0 && (left_bounded || right_bounded)) {
     // Chunks of one token or none: no order to build on.
@@ -207,8 +206,7 @@ PredictedTime predict(const Plan& plan, const CostModel& model, int64_t heads, i
                           " and gbps " + std::to_string(model.gbps) + "; both must be above 0");
   }
   const std::vector<double> pairs = plan.visible_pairs_all(mask);
-  const std::vector<double> gathered =
-      plan.gathered_bytes_all(kv_heads, head_dim, item_size, mask);
+  const std::vector<double> gathered = plan.gathered_bytes_all(kv_heads, head_dim, item_size, mask);
   // Gradients come back as float32 partials, as many rows as were gathered.
   const double reduce_ratio = 4.0 / static_cast<double>(item_size);
   PredictedTime time;

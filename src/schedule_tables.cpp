@@ -25,8 +25,8 @@ std::uint64_t mix(std::uint64_t hash, std::int64_t value) {
 
 std::uint64_t table_key(const Plan& plan, std::int64_t rank, const Mask& mask) {
   std::uint64_t key = plan.fingerprint();
-  for (const std::int64_t value : {rank, std::int64_t{mask.causal}, mask.window_left,
-                                   mask.window_right}) {
+  for (const std::int64_t value :
+       {rank, std::int64_t{mask.causal}, mask.window_left, mask.window_right}) {
     key = mix(key, value);
   }
   return key == 0 ? 1 : key;

@@ -87,9 +87,9 @@ bool TensorView::rows_are_contiguous() const { return is_row_major(*this, 1); }
 
 TensorView TensorView::slice(std::size_t dim, std::int64_t begin, std::int64_t count) const {
   if (dim >= shape.size() || begin < 0 || count < 0 || count > shape[dim] - begin) {
-    throw InvalidArgument("slice [" + std::to_string(begin) + ", " +
-                          std::to_string(begin + count) + ") of dimension " + std::to_string(dim) +
-                          " is outside of shape " + shape_text(shape));
+    throw InvalidArgument("slice [" + std::to_string(begin) + ", " + std::to_string(begin + count) +
+                          ") of dimension " + std::to_string(dim) + " is outside of shape " +
+                          shape_text(shape));
   }
   TensorView result = *this;
   result.shape[dim] = count;

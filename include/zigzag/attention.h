@@ -25,14 +25,14 @@ void forward(const TensorView& q, const TensorView& k, const TensorView& v, cons
 /// The gradients of forward, for the same plan and options. dout like q; out and lse as forward
 /// wrote them; dq like q, dk and dv like k. dK and dV are summed over work items and ranks in
 /// float32 in a fixed order and rounded once.
-void backward(const TensorView& dout, const TensorView& q, const TensorView& k,
-              const TensorView& v, const TensorView& out, const TensorView& lse, const Plan& plan,
+void backward(const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
+              const TensorView& out, const TensorView& lse, const Plan& plan,
               const Communicator& communicator, const AttentionOptions& options,
               const TensorView& dq, const TensorView& dk, const TensorView& dv);
 
 /// The stage that `kv_heads_per_stage = 0` stands for; the same on every rank.
-std::int64_t auto_kv_heads_per_stage(const Plan& plan, std::int64_t kv_heads,
-                                     std::int64_t head_dim, DType dtype, Device device);
+std::int64_t auto_kv_heads_per_stage(const Plan& plan, std::int64_t kv_heads, std::int64_t head_dim,
+                                     DType dtype, Device device);
 
 namespace reference {
 
@@ -45,10 +45,9 @@ void forward(const TensorView& q, const TensorView& k, const TensorView& v,
 
 /// Its gradients: dout, q, k, v as given to forward; dq, dk, dv float64. out and lse are computed
 /// anew in float64.
-void backward(const TensorView& dout, const TensorView& q, const TensorView& k,
-              const TensorView& v, std::span<const std::int64_t> cu_seqlens,
-              const AttentionOptions& options, const TensorView& dq, const TensorView& dk,
-              const TensorView& dv);
+void backward(const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
+              std::span<const std::int64_t> cu_seqlens, const AttentionOptions& options,
+              const TensorView& dq, const TensorView& dk, const TensorView& dv);
 
 }  // namespace reference
 

@@ -158,8 +158,8 @@ class Plan {
   std::vector<Segment> gather_segments(std::int64_t destination, std::int64_t source,
                                        const Mask& mask = {}) const;
 
-  /// Where a source's rows go when the first prefix_chunks[d] chunks of each document d are laid end
-  /// to end (the seed's extract): source_row counts rows of the source's shard. The caller has
+  /// Where a source's rows go when the first prefix_chunks[d] chunks of each document d are laid
+  /// end to end (the seed's extract): source_row counts rows of the source's shard. The caller has
   /// checked prefix_chunks with prefix_tokens.
   std::vector<Segment> prefix_segments(std::int64_t source,
                                        std::span<const std::int64_t> prefix_chunks) const;
@@ -206,12 +206,12 @@ struct CostModel {
 
 /// Predicted seconds of the slowest rank.
 struct PredictedTime {
-  double forward = 0;             ///< gather hidden under attention as far as it goes
-  double backward = 0;            ///< likewise, with the gradient reduction
-  double forward_compute = 0;     ///< attention alone
-  double forward_exchange = 0;    ///< gather alone
-  double backward_compute = 0;    ///< attention backward alone
-  double backward_exchange = 0;   ///< gather and reduction alone
+  double forward = 0;            ///< gather hidden under attention as far as it goes
+  double backward = 0;           ///< likewise, with the gradient reduction
+  double forward_compute = 0;    ///< attention alone
+  double forward_exchange = 0;   ///< gather alone
+  double backward_compute = 0;   ///< attention backward alone
+  double backward_exchange = 0;  ///< gather and reduction alone
 };
 
 /// The time of one call with q heads `heads`. Throws InvalidArgument unless both rates are > 0.

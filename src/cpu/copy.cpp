@@ -95,14 +95,14 @@ void copy_rows(std::span<const TensorView> sources, const TensorView& destinatio
   parallel_for(tasks, [&](int64_t task) {
     int64_t row = task * task_rows;
     const int64_t end = std::min(rows, row + task_rows);
-    auto s = static_cast<std::size_t>(std::upper_bound(ends.begin(), ends.end(), row) -
-                                      ends.begin());
+    auto s =
+        static_cast<std::size_t>(std::upper_bound(ends.begin(), ends.end(), row) - ends.begin());
     while (row < end) {
       const Segment& segment = segments[s];
       const int64_t offset = segment.rows - (ends[s] - row);
       const int64_t count = std::min(end, ends[s]) - row;
-      copies[static_cast<std::size_t>(segment.source)].run(
-          segment.source_row + offset, segment.destination_row + offset, count);
+      copies[static_cast<std::size_t>(segment.source)].run(segment.source_row + offset,
+                                                           segment.destination_row + offset, count);
       row += count;
       ++s;
     }
