@@ -13,7 +13,8 @@ namespace zigzag {
 namespace {
 
 constexpr const char* kHowToBuild =
-    "this build of zigzag has no CUDA: build it with -DZIGZAG_CUDA=ON where nvcc and the headers of "
+    "this build of zigzag has no CUDA: build it with -DZIGZAG_CUDA=ON where nvcc and the headers "
+    "of "
     "cuDNN are (scripts/fetch_cuda_headers.sh fetches the headers)";
 
 [[noreturn]] void refuse() { throw DeviceError(kHowToBuild); }

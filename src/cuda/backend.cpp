@@ -1,0 +1,102 @@
+#include "backend.h"
+
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "cuda/attention.h"
+#include "cuda/check.h"
+#include "cuda/cudnn_engine.h"
+#include "cuda/device.h"
+#include "zigzag/error.h"
+
+namespace zigzag::cuda {
+namespace {
+
+/// Rows of a tile past the end of a buffer may be multiplied by masked weights, so what follows
+/// the last row must be finite: this many bytes behind every buffer are zero.
+constexpr std::int64_t kZeroTail = std::int64_t{1} << 20;
+
+/// An event of the calling thread on this device; a wait binds to its latest record at once, so one
+/// serves for all orderings.
+cudaEvent_t ordering_event(int device) {
+  thread_local std::map<int, cudaEvent_t> events;
+  cudaEvent_t& event = events[device];
+  if (event == nullptr) {
+    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
+  }
+  return event;
+}
+
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend(Device device, Kernels kernels, void* stream)
+      : device_(DeviceState::get(device.index)), kernels_(kernels), stream_(as_stream(stream)) {}
+
+  bool overlaps() const override { return true; }
+  Queue compute_queue() override { return {stream_}; }
+  Queue exchange_queue() override { return {device_.exchange_stream(stream_)}; }
+
+  void order(Queue earlier, Queue later) override {
+    if (earlier.stream == later.stream) return;
+    DeviceGuard guard(device_.index());
+    const cudaEvent_t event = ordering_event(device_.index());
+    check(cudaEventRecord(event, as_stream(earlier.stream)), "cudaEventRecord");
+    check(cudaStreamWaitEvent(as_stream(later.stream), event, 0), "cudaStreamWaitEvent");
+  }
+
+  Buffer allocate(std::int64_t bytes) override {
+    DeviceGuard guard(device_.index());
+    DeviceState* device = &device_;
+    const cudaStream_t stream = stream_;
+    void* memory = device_.allocate(bytes + kZeroTail, stream);
+    Buffer buffer;
+    buffer.memory = std::shared_ptr<void>(
+        memory, [device, stream](void* pointer) { device->free(pointer, stream); });
+    buffer.bytes = bytes;
+    check(cudaMemsetAsync(static_cast<char*>(memory) + bytes, 0, kZeroTail, stream),
+          "cudaMemsetAsync");
+    return buffer;
+  }
+
+  void attend(const AttendArgs& args) override {
+    if (args.q.num_elements() == 0) return;
+    std::string why;
+    if (CudnnEngine* engine = cudnn()) {
+      if (cudnn_forward(*engine, args, stream_, why)) return;
+    }
+    fma_attend(args, stream_);
+  }
+
+  void attend_backward(const AttendBackwardArgs& args) override {
+    std::string why;
+    if (CudnnEngine* engine = args.q.num_elements() == 0 ? nullptr : cudnn()) {
+      if (cudnn_backward(*engine, args, stream_, why)) return;
+    }
+    fma_attend_backward(args, stream_);
+  }
+
+ private:
+  CudnnEngine* cudnn() {
+    if (kernels_ == Kernels::kReference || !CudnnEngine::presence().available) return nullptr;
+    if (engine_ == nullptr) engine_ = borrow_cudnn_engine(device_.index());
+    return engine_.get();
+  }
+
+  DeviceState& device_;
+  Kernels kernels_;
+  cudaStream_t stream_;
+  std::shared_ptr<CudnnEngine> engine_;
+};
+
+}  // namespace
+}  // namespace zigzag::cuda
+
+namespace zigzag {
+
+std::unique_ptr<Backend> make_cuda_backend(Device device, Kernels kernels, void* stream) {
+  return std::make_unique<cuda::CudaBackend>(device, kernels, stream);
+}
+
+}  // namespace zigzag

@@ -1,0 +1,42 @@
+#pragma once
+
+#include <cstdint>
+
+namespace zigzag::cuda {
+
+constexpr int kCopyThreads = 256;
+constexpr int kCopyUnroll = 8;
+/// Vectors that one block moves.
+constexpr int kCopyChunk = kCopyThreads * kCopyUnroll;
+/// Sources of one launch, and entries of a table that travels with the launch itself.
+constexpr int kMaxSources = 64;
+constexpr int kInlineEntries = 48;
+
+/// Rows [begin, next entry's begin) of the rows of a launch taken end to end.
+struct CopyEntry {
+  std::int64_t begin;
+  std::int64_t source_row;
+  std::int64_t destination_row;
+  std::int64_t source;
+};
+
+/// A tensor as rows of `runs` runs of bytes without gaps.
+struct CopySide {
+  char* data;
+  std::int64_t row_stride;  // bytes
+  std::int64_t run_stride;  // bytes
+};
+
+/// One launch. Sizes of a row count vectors of the launch's width.
+struct CopyParams {
+  CopySide sources[kMaxSources];
+  CopySide destination;
+  const CopyEntry* table;  // null: inline_table
+  CopyEntry inline_table[kInlineEntries];
+  std::int64_t entries;
+  std::int64_t rows;
+  std::uint32_t row_vectors;
+  std::uint32_t run_vectors;
+};
+
+}  // namespace zigzag::cuda

@@ -1,0 +1,192 @@
+#include <string>
+
+#include <cuda_runtime.h>
+
+#include "cuda/check.h"
+#include "cuda/convert.cuh"
+#include "cuda/sum_rows.h"
+#include "zigzag/error.h"
+
+namespace zigzag::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kUnroll = 4;
+constexpr int kMaxSumSources = 128;
+
+struct SumParams {
+  const void* sources[kMaxSumSources];
+  const std::int64_t* begins;  // [intervals + 1], then rows [intervals, count]
+  std::int64_t intervals;
+  int count;
+  void* destination;
+  std::int64_t rows;
+  std::int64_t row_stride;   // elements of the destination
+  std::int64_t head_stride;  // elements of the destination
+  std::uint32_t row_packs;
+  std::uint32_t head_packs;
+};
+
+/// Each thread makes kUnroll packs of kPack elements; sources are read one after another in their
+/// order, so a sum does not depend on the launch.
+template <typename In, typename Out, int kPack>
+__global__ void __launch_bounds__(kThreads)
+    sum_rows_kernel(const __grid_constant__ SumParams params) {
+  const std::int64_t total = params.rows * params.row_packs;
+  const std::int64_t block_begin = static_cast<std::int64_t>(blockIdx.x) * (kThreads * kUnroll);
+  const std::int64_t first_row = block_begin / params.row_packs;
+  const auto skip = static_cast<std::uint32_t>(block_begin - first_row * params.row_packs);
+  const std::int64_t* table_rows = params.begins + params.intervals + 1;
+
+  float sums[kUnroll][kPack] = {};
+  std::int64_t in_interval[kUnroll];
+  const std::int64_t* origins[kUnroll];
+  std::uint32_t columns[kUnroll];
+  bool live[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const std::uint32_t offset = static_cast<std::uint32_t>(u * kThreads) + threadIdx.x;
+    live[u] = block_begin + offset < total;
+    const std::uint32_t row_in_block = (skip + offset) / params.row_packs;
+    columns[u] = skip + offset - row_in_block * params.row_packs;
+    const std::int64_t row = first_row + row_in_block;
+    std::int64_t low = 0;
+    std::int64_t high = params.intervals;
+    while (high - low > 1) {
+      const std::int64_t middle = (low + high) / 2;
+      if (params.begins[middle] <= row) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    in_interval[u] = row - params.begins[low];
+    origins[u] = table_rows + low * params.count;
+  }
+  for (int s = 0; s < params.count; ++s) {
+    const auto* source = static_cast<const Pack<In, kPack>*>(params.sources[s]);
+    Pack<In, kPack> loaded[kUnroll];
+    bool taken[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const std::int64_t origin = live[u] ? origins[u][s] : -1;
+      taken[u] = origin >= 0;
+      if (taken[u]) loaded[u] = source[(origin + in_interval[u]) * params.row_packs + columns[u]];
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (!taken[u]) continue;
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) sums[u][i] += to_float(loaded[u].values[i]);
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    if (!live[u]) continue;
+    const std::uint32_t offset = static_cast<std::uint32_t>(u * kThreads) + threadIdx.x;
+    const std::int64_t row = first_row + (skip + offset) / params.row_packs;
+    const std::uint32_t head = columns[u] / params.head_packs;
+    const std::uint32_t column = columns[u] - head * params.head_packs;
+    Pack<Out, kPack> result;
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) result.values[i] = from_float<Out>(sums[u][i]);
+    auto* target = static_cast<Out*>(params.destination) + row * params.row_stride +
+                   head * params.head_stride + static_cast<std::int64_t>(column) * kPack;
+    *reinterpret_cast<Pack<Out, kPack>*>(target) = result;
+  }
+}
+
+template <typename In, typename Out, int kPack>
+void launch(SumParams& params, std::int64_t heads, std::int64_t head_dim, cudaStream_t stream) {
+  params.head_packs = static_cast<std::uint32_t>(head_dim / kPack);
+  params.row_packs = static_cast<std::uint32_t>(heads * head_dim / kPack);
+  const std::int64_t per_block = kThreads * kUnroll;
+  const std::int64_t blocks = (params.rows * params.row_packs + per_block - 1) / per_block;
+  if (blocks > 0x7fffffff) throw DeviceError("the sum has too many rows for one launch");
+  sum_rows_kernel<In, Out, kPack>
+      <<<dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream>>>(params);
+  check_launch("sum_rows_kernel");
+}
+
+template <typename In, typename Out>
+void dispatch_pack(SumParams& params, std::int64_t heads, std::int64_t head_dim,
+                   cudaStream_t stream) {
+  auto bits = reinterpret_cast<std::uintptr_t>(params.destination);
+  bits |=
+      static_cast<std::uintptr_t>(params.row_stride | params.head_stride | head_dim) * sizeof(Out);
+  for (int s = 0; s < params.count; ++s) {
+    bits |= reinterpret_cast<std::uintptr_t>(params.sources[s]);
+  }
+  constexpr std::uintptr_t kAlign = 4 * (sizeof(In) > sizeof(Out) ? sizeof(In) : sizeof(Out));
+  if (bits % kAlign == 0 && head_dim % 4 == 0) {
+    launch<In, Out, 4>(params, heads, head_dim, stream);
+  } else {
+    launch<In, Out, 1>(params, heads, head_dim, stream);
+  }
+}
+
+template <typename In>
+void dispatch_out(SumParams& params, DType out, std::int64_t heads, std::int64_t head_dim,
+                  cudaStream_t stream) {
+  switch (out) {
+    case DType::kFloat32:
+      return dispatch_pack<In, float>(params, heads, head_dim, stream);
+    case DType::kFloat16:
+      return dispatch_pack<In, __half>(params, heads, head_dim, stream);
+    case DType::kBFloat16:
+      return dispatch_pack<In, __nv_bfloat16>(params, heads, head_dim, stream);
+    default:
+      throw DeviceError("sums are made in float32, float16 or bfloat16, not " +
+                        std::string(dtype_name(out)));
+  }
+}
+
+}  // namespace
+
+void sum_rows(std::span<const void* const> sources, DType source_type,
+              const TensorView& destination, const TableKey& key,
+              const std::function<SumTable()>& build, void* stream_pointer) {
+  if (destination.num_elements() == 0) return;
+  if (sources.size() > kMaxSumSources) {
+    throw DeviceError("a sum takes at most " + std::to_string(kMaxSumSources) + " sources, not " +
+                      std::to_string(sources.size()));
+  }
+  const cudaStream_t stream = as_stream(stream_pointer);
+  DeviceState& device = DeviceState::get(destination.device.index);
+  DeviceGuard guard(destination.device.index);
+  const auto make_bytes = [&] {
+    const SumTable table = build();
+    std::vector<std::int64_t> values = table.begins;
+    values.insert(values.end(), table.rows.begin(), table.rows.end());
+    return bytes_of(values);
+  };
+  const std::shared_ptr<DeviceTable> table = device.table(key, make_bytes);
+  const TableUse use(table, stream);
+
+  SumParams params{};
+  for (std::size_t s = 0; s < sources.size(); ++s) params.sources[s] = sources[s];
+  params.count = static_cast<int>(sources.size());
+  params.begins = use.as<std::int64_t>();
+  // intervals + 1 begins and intervals x count rows.
+  params.intervals =
+      (static_cast<std::int64_t>(table->bytes() / sizeof(std::int64_t)) - 1) / (params.count + 1);
+  params.destination = destination.data;
+  params.rows = destination.shape[0];
+  params.row_stride = destination.strides[0];
+  params.head_stride = destination.strides[1];
+  const std::int64_t heads = destination.shape[1];
+  const std::int64_t head_dim = destination.shape[2];
+  switch (source_type) {
+    case DType::kFloat32:
+      return dispatch_out<float>(params, destination.dtype, heads, head_dim, stream);
+    case DType::kFloat16:
+      return dispatch_out<__half>(params, destination.dtype, heads, head_dim, stream);
+    case DType::kBFloat16:
+      return dispatch_out<__nv_bfloat16>(params, destination.dtype, heads, head_dim, stream);
+    default:
+      throw DeviceError("sums are made of float32, float16 or bfloat16, not " +
+                        std::string(dtype_name(source_type)));
+  }
+}
+
+}  // namespace zigzag::cuda
