@@ -70,10 +70,11 @@ PlanReport make_report(const Plan& plan, const ShapeOptions& shape, const Mask& 
   const std::vector<double> pairs = plan.visible_pairs_all(mask);
   const double flops_of_pair =
       4.0 * static_cast<double>(shape.heads) * static_cast<double>(shape.head_dim);
+  const std::vector<double> gathered =
+      plan.gathered_bytes_all(shape.kv_heads, shape.head_dim, item_size(report.dtype), mask);
   for (std::int64_t r = 0; r < plan.world_size(); ++r) {
-    report.ranks.push_back(
-        {plan.local_tokens(r), flops_of_pair * pairs[static_cast<std::size_t>(r)],
-         plan.gathered_bytes(r, shape.kv_heads, shape.head_dim, item_size(report.dtype), mask)});
+    const auto i = static_cast<std::size_t>(r);
+    report.ranks.push_back({plan.local_tokens(r), flops_of_pair * pairs[i], gathered[i]});
   }
   if (model) {
     report.model = model;

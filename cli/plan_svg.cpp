@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <numeric>
 #include <set>
 
 #include "text.h"
@@ -17,6 +16,7 @@ constexpr double kWidth = 1000;
 constexpr double kMargin = 24;
 constexpr double kInner = kWidth - 2 * kMargin;
 constexpr std::size_t kMostDocuments = 8;
+constexpr std::size_t kFewDocuments = 4;  // shown of more than that
 constexpr std::int64_t kMostBands = 256;
 constexpr std::int64_t kMostRuns = 1500;
 constexpr std::int64_t kMostRankRows = 16;
@@ -91,47 +91,48 @@ class Picture {
   void title() {
     y_ = kMargin + 16;
     text(kMargin, y_, 20, "#111111",
-         fmt::format("{} document{} of {} tokens shared by {} rank{}",
+         fmt::format("{} document{}, {} tokens in all, shared by {} rank{}",
                      count_text(plan_.num_documents()), plan_.num_documents() == 1 ? "" : "s",
                      count_text(plan_.total_tokens()), count_text(ranks_), ranks_ == 1 ? "" : "s"),
          "start", "bold");
-    y_ += 22;
-    text(kMargin, y_, 12.5, "#333333",
-         fmt::format("Every document is cut into {} chunks; rank r owns chunk r, an early one whose "
-                     "queries see few keys, and chunk {} - r, a late one whose queries see many.",
-                     count_text(2 * ranks_), count_text(2 * ranks_ - 1)));
-    y_ += 17;
-    text(kMargin, y_, 12.5, "#333333",
-         fmt::format("So all ranks hold equally many tokens and do equally much work: balance {:.4f} "
-                     "(mean / most FLOPs). Mask: {}.",
-                     report_.balance, mask_text(report_.mask)));
+    const std::array<std::string, 2> lines{
+        fmt::format("Every document is cut into {} chunks of equal length. Rank r owns chunk r, "
+                    "early and cheap, and chunk {} - r, late and costly:",
+                    count_text(2 * ranks_), count_text(2 * ranks_ - 1)),
+        fmt::format("together they hold equally many tokens on every rank. Mask: {}. Balance of "
+                    "the work: {:.4f} (mean / most FLOPs).",
+                    mask_text(report_.mask), report_.balance)};
+    for (const std::string& line : lines) {
+      y_ += 18;
+      text(kMargin, y_ + 4, 12, "#333333", line);
+    }
   }
 
-  // The documents to draw, in pack order: all, or the longest.
+  // The documents to draw, in pack order: all, or a few from the longest to the shortest.
   std::vector<std::int64_t> chosen_documents() const {
     std::vector<std::int64_t> chosen;
     for (std::int64_t d = 0; d < plan_.num_documents(); ++d) {
       if (plan_.document_length(d) > 0) chosen.push_back(d);
     }
-    if (chosen.size() > kMostDocuments) {
-      const auto cut = chosen.begin() + kMostDocuments;
-      std::partial_sort(chosen.begin(), cut, chosen.end(), [&](std::int64_t a, std::int64_t b) {
-        const auto key = [&](std::int64_t d) { return std::pair(-plan_.document_length(d), d); };
-        return key(a) < key(b);
-      });
-      chosen.erase(cut, chosen.end());
-      std::sort(chosen.begin(), chosen.end());
+    if (chosen.size() <= kMostDocuments) return chosen;
+    std::stable_sort(chosen.begin(), chosen.end(), [&](std::int64_t a, std::int64_t b) {
+      return plan_.document_length(a) > plan_.document_length(b);
+    });
+    std::vector<std::int64_t> few;
+    for (std::size_t i = 0; i < kFewDocuments; ++i) {
+      few.push_back(chosen[i * (chosen.size() - 1) / (kFewDocuments - 1)]);
     }
-    return chosen;
+    std::sort(few.begin(), few.end());
+    return few;
   }
 
   void documents() {
     const std::vector<std::int64_t> chosen = chosen_documents();
     const bool all = static_cast<std::int64_t>(chosen.size()) == plan_.num_documents();
     heading("Who computes what: a row is a query, a column a key that it may see",
-            fmt::format("A row has the colour of the rank that owns the query; numbers are chunks. "
-                        "{}{}",
-                        all ? "" : fmt::format("Shown: {} of {} documents, the longest. ",
+            fmt::format("A row has the colour of its rank; numbers are chunks. {}{}",
+                        all ? "" : fmt::format("Shown: {} of {} documents, from the longest to the "
+                                               "shortest. ",
                                                chosen.size(), count_text(plan_.num_documents())),
                         chosen.size() > 1 ? "Sides grow with the square root of the length." : ""));
     if (chosen.empty()) {
@@ -152,7 +153,7 @@ class Picture {
       }
       if (width <= kInner) break;
     }
-    y_ += 36;
+    y_ += 46;
     double x = kMargin;
     double tallest = 0;
     for (std::size_t i = 0; i < chosen.size(); ++i) {
@@ -170,8 +171,9 @@ class Picture {
         "How to read it",
         "- The last row is the last token: it sees the whole document.",
         "- The first row is the first token: it sees only itself.",
-        "- The coloured area of a rank is its work; the two",
-        "  chunks of a rank together always cover as much."};
+        "- The coloured area of a rank is its work: one small",
+        "   and one large chunk make the same area on every rank."};
+    if (!report_.mask.causal || report_.mask.window_left >= 0) return;
     for (std::size_t i = 0; i < lines.size(); ++i) {
       text(x, top + 14 + 20 * static_cast<double>(i), 12.5, "#333333", lines[i], "start",
            i == 0 ? "bold" : "normal");
@@ -314,7 +316,7 @@ class Picture {
     const double flops_x = tokens_x + 360;
     const double bar = 210;
     text(tokens_x, y_ + 12, 11.5, "#555555", "tokens");
-    text(flops_x, y_ + 12, 11.5, "#555555", "work (FLOPs of a forward)");
+    text(flops_x, y_ + 12, 11.5, "#555555", "work: FLOPs of a forward (share of the busiest rank's)");
     y_ += 20;
     std::int64_t most_tokens = 1;
     double most_flops = 1;
@@ -338,7 +340,7 @@ class Picture {
       draw_bar(tokens_x, static_cast<double>(rank.tokens) / static_cast<double>(most_tokens),
                count_text(rank.tokens));
       draw_bar(flops_x, rank.flops / most_flops,
-               fmt::format("{} ({:.2f}% of the most)", scaled_text(rank.flops, "FLOP"),
+               fmt::format("{} ({:.2f}%)", scaled_text(rank.flops, "FLOP"),
                            100 * rank.flops / most_flops));
       y_ += 21;
     }

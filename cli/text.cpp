@@ -41,7 +41,8 @@ std::string scaled_text(double value, std::string_view unit) {
 std::string seconds_text(double seconds) {
   if (seconds < 1e-3) return fmt::format("{:.3g} us", seconds * 1e6);
   if (seconds < 1) return fmt::format("{:.3g} ms", seconds * 1e3);
-  if (seconds < 600) return fmt::format("{:.3g} s", seconds);
+  if (seconds < 120) return fmt::format("{:.3g} s", seconds);
+  if (seconds < 7200) return fmt::format("{:.3g} min", seconds / 60);
   if (seconds < 172800) return fmt::format("{:.3g} h", seconds / 3600);
   return fmt::format("{:.3g} days", seconds / 86400);
 }
