@@ -115,9 +115,8 @@ HWY_ATTR void backward_block(const Problem& problem, const RowGroup& group, cons
   const float* q = scratch.q + head_dim * panel.offset;
   const float* dout = scratch.dout + head_dim * panel.offset;
   float* dq = scratch.dq + scratch.columns * panel.offset;
-  LaneMask mask;
-  const bool masked = range.begin < range.full_begin || range.end > range.full_end;
-  if (masked || !finite_k || !finite_rows) mask.set(problem, group, panel, block);
+  PanelMask mask;
+    if (!range.full() || !finite_k || !finite_rows) mask.set(problem, group, panel, block);
 
   const FloatVec one = hn::Set(d, 1.0f);
   const float inverse_cap = problem.cap == 0 ? 0 : 1 / problem.cap;
@@ -125,14 +124,14 @@ HWY_ATTR void backward_block(const Problem& problem, const RowGroup& group, cons
     Tile<kVectors> tile;
     set_zero(tile);
     multiply<false>(scratch.k + key * stride, stride, q, kWidth, head_dim, tile);
-    const bool full = range.full(key);
+    const bool full = range.full(key, kTileRows);
     for (int i = 0; i < kTileRows; ++i) {
       for (int v = 0; v < kVectors; ++v) {
         const std::int64_t at = (key + i) * kWidth + v * kVectorLanes;
         const FloatVec s = score(problem, tile.value[i][v]);
         const FloatVec lse = hn::Load(d, scratch.lse + panel.offset + v * kVectorLanes);
         FloatVec weight = exp2(d, hn::Sub(s, lse));
-        if (!full) weight = hn::IfThenElseZero(mask.sees_vector(v, key + i), weight);
+        if (!full) weight = hn::IfThenElseZero(sees_vector(mask, v, key + i), weight);
         hn::Store(weight, d, scratch.weights + at);
         if (problem.cap != 0) {
           const FloatVec tangent = hn::Mul(s, hn::Set(d, inverse_cap));
@@ -145,7 +144,7 @@ HWY_ATTR void backward_block(const Problem& problem, const RowGroup& group, cons
     Tile<kVectors> tile;
     set_zero(tile);
     multiply<false>(scratch.v + key * stride, stride, dout, kWidth, head_dim, tile);
-    const bool full = range.full(key);
+    const bool full = range.full(key, kTileRows);
     for (int i = 0; i < kTileRows; ++i) {
       for (int v = 0; v < kVectors; ++v) {
         const std::int64_t at = (key + i) * kWidth + v * kVectorLanes;
@@ -153,7 +152,7 @@ HWY_ATTR void backward_block(const Problem& problem, const RowGroup& group, cons
         const FloatVec weight = hn::Load(d, scratch.weights + at);
         FloatVec dscore = hn::Mul(weight, hn::Sub(tile.value[i][v], delta));
         if (problem.cap != 0) dscore = hn::Mul(dscore, hn::Load(d, scratch.slopes + at));
-        if (!full) dscore = hn::IfThenElseZero(mask.sees_vector(v, key + i), dscore);
+        if (!full) dscore = hn::IfThenElseZero(sees_vector(mask, v, key + i), dscore);
         hn::Store(dscore, d, scratch.dscores + at);
       }
     }
@@ -206,11 +205,11 @@ inline HWY_ATTR bool start_backward(const Problem& problem, const RowGroup& grou
   bool finite = load_lanes(problem, args.q, group, panel, stride, q_rows);
   finite &= load_lanes(problem, args.dout, group, panel, stride, dout_rows);
   load_lanes(problem, args.out, group, panel, stride, scratch.rows);
-  transpose(q_rows, stride, panel.width(), head_dim, scratch.q + head_dim * panel.offset,
-            panel.width());
-  transpose(dout_rows, stride, panel.width(), head_dim, scratch.dout + head_dim * panel.offset,
-            panel.width());
-  for (int l = 0; l < panel.width(); ++l) {
+  transpose(q_rows, stride, panel.width, head_dim, scratch.q + head_dim * panel.offset,
+            panel.width);
+  transpose(dout_rows, stride, panel.width, head_dim, scratch.dout + head_dim * panel.offset,
+            panel.width);
+  for (int l = 0; l < panel.width; ++l) {
     FloatVec sum = hn::Zero(d);
     for (std::int64_t c = 0; c < scratch.columns; c += kVectorLanes) {
       sum = hn::MulAdd(hn::Load(d, dout_rows + l * stride + c),
@@ -219,7 +218,7 @@ inline HWY_ATTR bool start_backward(const Problem& problem, const RowGroup& grou
     scratch.delta[panel.offset + l] = hn::GetLane(hn::SumOfLanes(d, sum));
     constexpr float kLog2E = 1.4426950408889634f;
     scratch.lse[panel.offset + l] =
-        l < panel.lanes ? *lse_pointer(problem, group, panel.lane_begin + l) * kLog2E : 0.0f;
+        l < panel.lanes ? *reinterpret_cast<const float*>(lane_pointer(problem, args.lse, group, panel, l)) * kLog2E : 0.0f;
   }
   if (!finite) {
     for (int l = 0; l < panel.lanes; ++l) {
@@ -228,7 +227,7 @@ inline HWY_ATTR bool start_backward(const Problem& problem, const RowGroup& grou
     }
   }
   float* dq = scratch.dq + scratch.columns * panel.offset;
-  std::fill(dq, dq + scratch.columns * panel.width(), 0.0f);
+  std::fill(dq, dq + scratch.columns * panel.width, 0.0f);
   return finite;
 }
 
@@ -259,14 +258,12 @@ inline HWY_ATTR void backward_group(const Problem& problem, const BackwardTask& 
   const BackwardScratch scratch(memory, problem.head_dim, group.lane_end - group.lane_begin);
   const AttendBackwardArgs& args = *problem.backward;
   bool finite_rows = true;
-  for_each_panel(problem, group, [&](const Panel& panel) HWY_ATTR {
+  for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
     finite_rows &= start_backward(problem, group, panel, scratch);
   });
-  Panel whole;
-  whole.first = whole.last = group.keys;
   const std::int64_t end = group.keys.end;
   for (std::int64_t block = group.keys.first / kBlockKeys; block * kBlockKeys < end; ++block) {
-    const BlockRange all = block_range(whole, block);
+    const BlockRange all = block_range(group.keys, group.keys, block, kTileKeys);
     const bool finite_k =
         load_block(args.k, group, block, all, problem.head_dim, scratch.stride, scratch.k);
     load_block(args.v, group, block, all, problem.head_dim, scratch.stride, scratch.v);
@@ -275,10 +272,10 @@ inline HWY_ATTR void backward_group(const Problem& problem, const BackwardTask& 
     }
     std::fill(scratch.dk + all.begin * scratch.stride, scratch.dk + all.end * scratch.stride, 0.0f);
     std::fill(scratch.dv + all.begin * scratch.stride, scratch.dv + all.end * scratch.stride, 0.0f);
-    for_each_panel(problem, group, [&](const Panel& panel) HWY_ATTR {
-      const BlockRange range = block_range(panel, block);
-      if (range.begin >= range.end) return;
-      switch (panel.vectors) {
+    for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
+      const BlockRange range = block_range(panel.first, panel.last, block, kTileKeys);
+      if (range.empty()) return;
+      switch (panel.width / kVectorLanes) {
         case 1:
           return backward_block<1>(problem, group, panel, block, range, finite_k, finite_rows,
                                    scratch);
@@ -295,9 +292,9 @@ inline HWY_ATTR void backward_group(const Problem& problem, const BackwardTask& 
     task.turns->done(task.index, block + 1);
   }
   const auto scale = static_cast<float>(args.scale);
-  for_each_panel(problem, group, [&](const Panel& panel) HWY_ATTR {
-    transpose(scratch.dq + scratch.columns * panel.offset, panel.width(), problem.head_dim,
-              panel.width(), scratch.rows, scratch.stride);
+  for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
+    transpose(scratch.dq + scratch.columns * panel.offset, panel.width, problem.head_dim,
+              panel.width, scratch.rows, scratch.stride);
     for (int l = 0; l < panel.lanes; ++l) {
       float* row = scratch.rows + l * scratch.stride;
       for (std::int64_t c = 0; c < problem.head_dim; ++c) row[c] = row[c] * scale + 0.0f;

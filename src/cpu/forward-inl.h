@@ -84,9 +84,8 @@ HWY_ATTR void forward_block(const Problem& problem, const RowGroup& group, const
   const FloatVec lowest = hn::Set(d, -std::numeric_limits<float>::infinity());
   const float* q = scratch.q + problem.head_dim * panel.offset;
   float* out = scratch.out + scratch.columns * panel.offset;
-  LaneMask mask;
-  const bool masked = range.begin < range.full_begin || range.end > range.full_end;
-  if (masked || !finite) mask.set(problem, group, panel, block);
+  PanelMask mask;
+    if (!range.full() || !finite) mask.set(problem, group, panel, block);
 
   FloatVec block_max[kVectors];
   for (int v = 0; v < kVectors; ++v) block_max[v] = lowest;
@@ -95,11 +94,11 @@ HWY_ATTR void forward_block(const Problem& problem, const RowGroup& group, const
     set_zero(tile);
     multiply<false>(scratch.k + key * scratch.stride, scratch.stride, q, kWidth, problem.head_dim,
                     tile);
-    const bool full = range.full(key);
+    const bool full = range.full(key, kTileRows);
     for (int i = 0; i < kTileRows; ++i) {
       for (int v = 0; v < kVectors; ++v) {
         FloatVec s = score(problem, tile.value[i][v]);
-        if (!full) s = hn::IfThenElse(mask.sees_vector(v, key + i), s, lowest);
+        if (!full) s = hn::IfThenElse(sees_vector(mask, v, key + i), s, lowest);
         block_max[v] = hn::Max(block_max[v], s);
         hn::Store(s, d, scratch.weights + (key + i) * kWidth + v * kVectorLanes);
       }
@@ -163,7 +162,7 @@ HWY_ATTR void forward_block(const Problem& problem, const RowGroup& group, const
 inline HWY_ATTR void finish_forward(const Problem& problem, const RowGroup& group,
                                     const Panel& panel, const ForwardScratch& scratch) {
   const float* out = scratch.out + scratch.columns * panel.offset;
-  transpose(out, panel.width(), problem.head_dim, panel.width(), scratch.rows, scratch.stride);
+  transpose(out, panel.width, problem.head_dim, panel.width, scratch.rows, scratch.stride);
   for (int l = 0; l < panel.lanes; ++l) {
     const float sum = scratch.sum[panel.offset + l];
     const float scale = sum == 0 ? 0 : 1 / sum;
@@ -173,7 +172,8 @@ inline HWY_ATTR void finish_forward(const Problem& problem, const RowGroup& grou
     constexpr double kLn2 = 0.6931471805599453;
     const double lse = static_cast<double>(scratch.max[panel.offset + l]) * kLn2 +
                        std::log(static_cast<double>(sum));
-    *lse_pointer(problem, group, panel.lane_begin + l) = static_cast<float>(lse);
+    *reinterpret_cast<float*>(lane_pointer(problem, problem.args->lse, group, panel, l)) =
+        static_cast<float>(lse);
   }
   store_lanes(problem, problem.args->out, group, panel, scratch.stride, scratch.rows);
 }
@@ -182,31 +182,29 @@ inline HWY_ATTR void forward_group(const Problem& problem, const RowGroup& group
                                    std::byte* memory) {
   const ForwardScratch scratch(memory, problem.head_dim, group.lane_end - group.lane_begin);
   const AttendArgs& args = *problem.args;
-  for_each_panel(problem, group, [&](const Panel& panel) HWY_ATTR {
+  for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
     load_lanes(problem, args.q, group, panel, scratch.stride, scratch.rows);
-    transpose(scratch.rows, scratch.stride, panel.width(), problem.head_dim,
-              scratch.q + problem.head_dim * panel.offset, panel.width());
+    transpose(scratch.rows, scratch.stride, panel.width, problem.head_dim,
+              scratch.q + problem.head_dim * panel.offset, panel.width);
     float* out = scratch.out + scratch.columns * panel.offset;
-    std::fill(out, out + scratch.columns * panel.width(), 0.0f);
-    std::fill_n(scratch.max + panel.offset, panel.width(),
+    std::fill(out, out + scratch.columns * panel.width, 0.0f);
+    std::fill_n(scratch.max + panel.offset, panel.width,
                 -std::numeric_limits<float>::infinity());
-    std::fill_n(scratch.sum + panel.offset, panel.width(), 0.0f);
+    std::fill_n(scratch.sum + panel.offset, panel.width, 0.0f);
   });
-  Panel whole;
-  whole.first = whole.last = group.keys;
   const std::int64_t end = group.keys.end;
   for (std::int64_t block = group.keys.first / kBlockKeys; block * kBlockKeys < end; ++block) {
-    const BlockRange all = block_range(whole, block);
+    const BlockRange all = block_range(group.keys, group.keys, block, kTileKeys);
     load_block(args.k, group, block, all, problem.head_dim, scratch.stride, scratch.k);
     const bool finite =
         load_block(args.v, group, block, all, problem.head_dim, scratch.stride, scratch.v);
     if (!finite) {
       clean_block(scratch.v, scratch.stride, all, scratch.columns, scratch.v_clean);
     }
-    for_each_panel(problem, group, [&](const Panel& panel) HWY_ATTR {
-      const BlockRange range = block_range(panel, block);
-      if (range.begin >= range.end) return;
-      switch (panel.vectors) {
+    for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
+      const BlockRange range = block_range(panel.first, panel.last, block, kTileKeys);
+      if (range.empty()) return;
+      switch (panel.width / kVectorLanes) {
         case 1:
           return forward_block<1>(problem, group, panel, block, range, finite, scratch);
         case 2:
@@ -216,7 +214,7 @@ inline HWY_ATTR void forward_group(const Problem& problem, const RowGroup& group
       }
     });
   }
-  for_each_panel(problem, group, [&](const Panel& panel) HWY_ATTR {
+  for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
     finish_forward(problem, group, panel, scratch);
   });
 }

@@ -34,6 +34,11 @@ inline constexpr int kTileRows = 8;
 #endif
 static_assert(kTileKeys % kTileRows == 0);
 
+/// Vectors of the next panel when `vectors` are left: 3, but 2 + 2 rather than 3 + 1.
+inline int next_vectors(std::int64_t vectors) {
+  return vectors == 4 ? 2 : static_cast<int>(vectors < kPanelVectors ? vectors : kPanelVectors);
+}
+
 /// Accumulators of a tile of kTileRows rows and kVectors vectors.
 template <int kVectors>
 struct Tile {

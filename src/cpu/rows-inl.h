@@ -20,12 +20,6 @@ HWY_BEFORE_NAMESPACE();
 namespace zigzag::cpu::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-/// The first element of row `row`, head `head` of a [rows, heads, head_dim] tensor.
-inline std::byte* row_pointer(const TensorView& x, std::int64_t row, std::int64_t head) {
-  return static_cast<std::byte*>(x.data) +
-         (row * x.strides[0] + head * x.strides[1]) * item_size(x.dtype);
-}
-
 /// Packed rows are this long: whole vectors and whole tiles of columns.
 inline std::int64_t padded_columns(std::int64_t head_dim) {
   constexpr std::int64_t unit = std::max<std::int64_t>(kVectorLanes, kTileKeys);

@@ -1,0 +1,129 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/kernel.h"
+#include "zigzag/tensor.h"
+
+namespace zigzag::cpu {
+
+/// Cuts a task's scratch into aligned arrays. Without memory it only counts bytes.
+class Carver {
+ public:
+  explicit Carver(std::byte* memory) : memory_(memory) {}
+  template <typename T>
+  T* take(std::int64_t count) {
+    std::byte* at = memory_ == nullptr ? nullptr : memory_ + bytes_;
+    bytes_ += (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(at);
+  }
+  float* floats(std::int64_t count) { return take<float>(count); }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  std::byte* memory_;
+  std::size_t bytes_ = 0;
+};
+
+/// Lanes that are computed together: lane l of the panel is lane lane_begin + l of the item. Lanes
+/// from `lanes` to `width` hold zeros.
+struct Panel {
+  std::int64_t lane_begin = 0;
+  int lanes = 0;
+  int width = 0;
+  std::int64_t offset = 0;  // widths of the group's panels before it
+  KeyRange first;           // what its first and its last lane see
+  KeyRange last;
+};
+
+/// Calls use(panel) for the panels of a group in lane order. next_width(lanes) is the width of the
+/// next panel when so many lanes are left.
+template <typename NextWidth, typename Use>
+inline void for_each_panel(const Problem& problem, const RowGroup& group,
+                           const NextWidth& next_width, const Use& use) {
+  Panel panel;
+  panel.lane_begin = group.lane_begin;
+  while (panel.lane_begin < group.lane_end) {
+    const std::int64_t left = group.lane_end - panel.lane_begin;
+    panel.width = next_width(left);
+    panel.lanes = static_cast<int>(std::min<std::int64_t>(left, panel.width));
+    panel.first = visible_keys(problem, *group.item, panel.lane_begin);
+    panel.last = visible_keys(problem, *group.item, panel.lane_begin + panel.lanes - 1);
+    use(panel);
+    panel.lane_begin += panel.lanes;
+    panel.offset += panel.width;
+  }
+}
+
+/// The keys of one block that a panel works on, counted from the block's start: [begin, end) in
+/// whole tiles, of which every lane sees [full_begin, full_end).
+struct BlockRange {
+  int begin = 0;
+  int end = 0;
+  int full_begin = 0;
+  int full_end = 0;
+  bool empty() const { return begin >= end; }
+  bool full() const { return begin >= full_begin && end <= full_end; }
+  bool full(int key, int keys) const { return key >= full_begin && key + keys <= full_end; }
+};
+
+/// A key's distance from the start of a block, cut to the block.
+inline std::int64_t in_block(std::int64_t key, std::int64_t block) {
+  return std::clamp<std::int64_t>(key - block * kBlockKeys, 0, kBlockKeys);
+}
+
+inline BlockRange block_range(KeyRange first, KeyRange last, std::int64_t block, int tile_keys) {
+  BlockRange range;
+  range.begin = static_cast<int>(in_block(first.first, block)) / tile_keys * tile_keys;
+  range.end = (static_cast<int>(in_block(last.end, block)) + tile_keys - 1) / tile_keys * tile_keys;
+  range.full_begin = static_cast<int>(in_block(last.first, block));
+  range.full_end = static_cast<int>(in_block(first.end, block));
+  return range;
+}
+
+/// Which keys of a block each lane of a panel sees: [first, end) from the block's start, as floats
+/// (small whole numbers) so that vectors of lanes compare with them.
+template <int kLanes>
+struct LaneMask {
+  alignas(64) float first[kLanes];
+  alignas(64) float end[kLanes];
+
+  void set(const Problem& problem, const RowGroup& group, const Panel& panel, std::int64_t block) {
+    for (int l = 0; l < panel.width; ++l) {
+      KeyRange keys;
+      if (l < panel.lanes) keys = visible_keys(problem, *group.item, panel.lane_begin + l);
+      first[l] = static_cast<float>(in_block(keys.first, block));
+      end[l] = static_cast<float>(in_block(keys.end, block));
+    }
+  }
+  bool sees(int lane, int key) const {
+    return static_cast<float>(key) >= first[lane] && static_cast<float>(key) < end[lane];
+  }
+};
+
+/// The first element of row `row`, head `head` of a [rows, heads, ...] tensor.
+inline std::byte* row_pointer(const TensorView& x, std::int64_t row, std::int64_t head) {
+  return static_cast<std::byte*>(x.data) +
+         (row * x.strides[0] + head * x.strides[1]) * item_size(x.dtype);
+}
+
+/// The row and head of lane l of a panel in a tensor like q: [local_tokens, heads, ...].
+inline std::byte* lane_pointer(const Problem& problem, const TensorView& x, const RowGroup& group,
+                               const Panel& panel, int l) {
+  const std::int64_t lane = panel.lane_begin + l;
+  const std::int64_t head = group.kv_head * problem.group + lane % problem.group;
+  return row_pointer(x, group.item->q_begin + lane / problem.group, head);
+}
+
+/// The row of a key of a block in k or v; null when the item lacks it.
+inline const std::byte* key_pointer(const TensorView& x, const RowGroup& group, std::int64_t block,
+                                    int key) {
+  const WorkItem& item = *group.item;
+  const std::int64_t row = block * kBlockKeys + key - item.k_position;
+  if (row < 0 || row >= item.k_count) return nullptr;
+  return row_pointer(x, item.k_begin + row, group.kv_head);
+}
+
+}  // namespace zigzag::cpu
