@@ -1,10 +1,5 @@
 #include "cpu/parallel.h"
 
-#include <oneapi/tbb/global_control.h>
-#include <oneapi/tbb/parallel_for.h>
-#include <oneapi/tbb/partitioner.h>
-#include <oneapi/tbb/task_arena.h>
-
 #ifdef __linux__
 #include <sched.h>
 #endif
@@ -14,13 +9,12 @@
 #include <cerrno>
 #include <cstdlib>
 #include <exception>
-#include <map>
-#include <memory>
 #include <mutex>
 #include <new>
 #include <string>
 #include <thread>
 
+#include "cpu/workers.h"
 #include "zigzag/error.h"
 #include "zigzag/system.h"
 
@@ -29,19 +23,11 @@ namespace {
 
 constexpr long kMaxThreads = 4096;
 
-int available_cores() {
-#ifdef __linux__
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
-#endif
-  return static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
-}
-
 }  // namespace
 
 int num_threads() {
   // The affinity of the thread that asks first stands for the process: later callers may be pinned.
-  static const int cores = available_cores();
+  static const int cores = cpu::available_cores();
   const char* text = std::getenv("ZIGZAG_NUM_THREADS");
   if (text == nullptr || *text == '\0') return cores;
   char* end = nullptr;
@@ -55,29 +41,14 @@ int num_threads() {
 }
 
 namespace cpu {
-namespace {
 
-struct SharedArena {
-  explicit SharedArena(int slots)
-      : control(tbb::global_control::max_allowed_parallelism,
-                static_cast<std::size_t>(std::max(slots, available_cores()))),
-        arena(slots) {}
-  tbb::global_control control;
-  tbb::task_arena arena;
-};
-
-// One arena for each number of slots that was ever asked for: one, but for tests that change
-// ZIGZAG_NUM_THREADS. Never destroyed: rank threads may outlive static objects.
-tbb::task_arena& shared_arena(int slots) {
-  static std::mutex& mutex = *new std::mutex;
-  static auto& arenas = *new std::map<int, std::unique_ptr<SharedArena>>;
-  const std::lock_guard<std::mutex> lock(mutex);
-  std::unique_ptr<SharedArena>& entry = arenas[slots];
-  if (!entry) entry = std::make_unique<SharedArena>(slots);
-  return entry->arena;
+int available_cores() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
 }
-
-}  // namespace
 
 void parallel_for(std::int64_t tasks, const std::function<void(std::int64_t)>& work) {
   if (tasks <= 0) return;
@@ -87,7 +58,7 @@ void parallel_for(std::int64_t tasks, const std::function<void(std::int64_t)>& w
   std::mutex error_mutex;
   // A thread that began a task finishes it before it looks for other work, and claims in order:
   // that is what lets a task wait for an earlier one.
-  const auto run = [&](int) {
+  const auto run = [&] {
     for (;;) {
       const std::int64_t task = next.fetch_add(1, std::memory_order_relaxed);
       if (task >= tasks) return;
@@ -100,13 +71,7 @@ void parallel_for(std::int64_t tasks, const std::function<void(std::int64_t)>& w
     }
   };
   const int workers = static_cast<int>(std::min<std::int64_t>(slots, tasks));
-  shared_arena(slots).execute([&] {
-    if (workers == 1) {
-      run(0);
-    } else {
-      tbb::parallel_for(0, workers, 1, run, tbb::simple_partitioner());
-    }
-  });
+  run_workers(slots, workers, run);
   if (error) std::rethrow_exception(error);
 }
 

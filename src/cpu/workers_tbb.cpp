@@ -1,0 +1,50 @@
+#include <algorithm>
+#include <cstddef>
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include <oneapi/tbb/global_control.h>
+#include <oneapi/tbb/parallel_for.h>
+#include <oneapi/tbb/partitioner.h>
+#include <oneapi/tbb/task_arena.h>
+
+#include "cpu/workers.h"
+
+namespace zigzag::cpu {
+namespace {
+
+struct SharedArena {
+  explicit SharedArena(int slots)
+      : control(tbb::global_control::max_allowed_parallelism,
+                static_cast<std::size_t>(std::max(slots, available_cores()))),
+        arena(slots) {}
+  tbb::global_control control;
+  tbb::task_arena arena;
+};
+
+// One arena for each number of slots that was ever asked for: one, but for tests that change
+// ZIGZAG_NUM_THREADS. Never destroyed: rank threads may outlive static objects.
+tbb::task_arena& shared_arena(int slots) {
+  static std::mutex& mutex = *new std::mutex;
+  static auto& arenas = *new std::map<int, std::unique_ptr<SharedArena>>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::unique_ptr<SharedArena>& entry = arenas[slots];
+  if (!entry) entry = std::make_unique<SharedArena>(slots);
+  return entry->arena;
+}
+
+}  // namespace
+
+void run_workers(int slots, int workers, const std::function<void()>& run) {
+  shared_arena(slots).execute([&] {
+    if (workers == 1) {
+      run();
+    } else {
+      tbb::parallel_for(
+          0, workers, 1, [&](int) { run(); }, tbb::simple_partitioner());
+    }
+  });
+}
+
+}  // namespace zigzag::cpu
