@@ -1,0 +1,136 @@
+"""NumPy arrays and torch tensors behind a few functions; torch is never imported here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zigzag_attention import _core
+
+if TYPE_CHECKING:
+    import torch
+
+    ArrayT = TypeVar("ArrayT", NDArray[Any], torch.Tensor)
+    Indices: TypeAlias = NDArray[Any] | torch.Tensor | Sequence[int]
+else:
+    ArrayT = TypeVar("ArrayT")
+    Indices = Any
+
+IntArray: TypeAlias = NDArray[np.int64]
+
+# Element types that the library names itself; others travel as integers of their size.
+_NAMED = {"float32", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"}
+_BITS = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}
+
+
+def is_torch(x: object) -> bool:
+    """True for a torch tensor; a process that never imported torch has none."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def kind_of(x: object, name: str) -> str:
+    """ "torch" or "numpy"; TypeError for anything else."""
+    if is_torch(x):
+        return "torch"
+    if isinstance(x, np.ndarray):
+        return "numpy"
+    raise TypeError(
+        f"{name} is a {type(x).__module__}.{type(x).__qualname__}; "
+        "it must be a NumPy array or a torch tensor"
+    )
+
+
+def same_kind(names: str, *arrays: object) -> str:
+    """The kind of all arrays; TypeError when they mix."""
+    kinds = {kind_of(x, name) for name, x in zip(names.split(), arrays, strict=True)}
+    if len(kinds) > 1:
+        raise TypeError(
+            f"{', '.join(names.split())} mix NumPy arrays and torch tensors; all must be of one kind"
+        )
+    return kinds.pop()
+
+
+def view(x: Any) -> _core.Tensor:
+    """The array for the library, not copied. bfloat16 arrays of NumPy are seen through uint16."""
+    if isinstance(x, np.ndarray):
+        if not x.dtype.isnative:
+            raise ValueError(f"an array of dtype {x.dtype.str} has foreign byte order")
+        if x.dtype.name == "bfloat16":
+            return _core.Tensor(x.view(np.uint16), "bfloat16")
+        return _checked(x, str(x.dtype))
+    return _checked(x.detach(), str(x.dtype))
+
+
+def _checked(x: Any, dtype: str) -> _core.Tensor:
+    try:
+        return _core.Tensor(x)
+    except (TypeError, BufferError) as error:
+        raise ValueError(
+            f"an array of dtype {dtype} and type {type(x).__qualname__} cannot be read in place; "
+            "it must be a dense float, integer or bool array on the CPU or on CUDA"
+        ) from error
+
+
+def bits(x: Any) -> _core.Tensor:
+    """The array for copies, which move elements of any type."""
+    if is_torch(x):
+        import torch
+
+        if str(x.dtype).removeprefix("torch.") not in {*_NAMED, "bfloat16"}:
+            return view(x.detach().view(getattr(torch, _bits_name(x.element_size(), x.dtype))))
+        return view(x)
+    if x.dtype.name not in _NAMED:
+        return view(x.view(np.dtype(_bits_name(x.dtype.itemsize, x.dtype))))
+    return view(x)
+
+
+def _bits_name(size: int, dtype: object) -> str:
+    if size not in _BITS:
+        raise ValueError(f"elements of {dtype} have {size} bytes; allowed are 1, 2, 4 and 8")
+    return _BITS[size]
+
+
+def empty(like: ArrayT, shape: Sequence[int]) -> ArrayT:
+    """An uninitialised row-major array of the kind, type and device of `like`."""
+    if isinstance(like, np.ndarray):
+        return np.empty(tuple(shape), dtype=like.dtype)
+    return like.new_empty(tuple(shape))
+
+
+def stream_of(x: Any) -> int:
+    """The caller's current CUDA stream for a CUDA tensor, else 0."""
+    if is_torch(x) and x.is_cuda:
+        import torch
+
+        return int(torch.cuda.current_stream(x.device).cuda_stream)
+    return 0
+
+
+def index_array(x: Indices, name: str) -> IntArray:
+    """Integers of any kind and device as a NumPy int64 array [n]."""
+    array = x.detach().cpu().numpy() if is_torch(x) else np.asarray(x)  # type: ignore[union-attr]
+    if array.size == 0 and not is_torch(x) and not isinstance(x, np.ndarray):
+        array = array.astype(np.int64)
+    if array.ndim != 1 or array.dtype not in (np.int32, np.int64):
+        raise ValueError(
+            f"{name} has shape {list(array.shape)} and type {array.dtype}; "
+            "it must be one-dimensional, of int32 or int64"
+        )
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def indices_like(values: IntArray, like: Indices) -> Any:
+    """cu_seqlens of the kind, integer type and device of `like`."""
+    if is_torch(like):
+        import torch
+
+        assert isinstance(like, torch.Tensor)
+        return torch.from_numpy(values).to(device=like.device, dtype=like.dtype)
+    if isinstance(like, np.ndarray):
+        return values.astype(like.dtype)
+    return values

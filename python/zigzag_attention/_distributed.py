@@ -1,0 +1,148 @@
+"""torch.distributed groups as communicators: the library's schedule over the group's collectives."""
+
+from __future__ import annotations
+
+import datetime
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from zigzag_attention import _core
+from zigzag_attention.communicator import Communicator
+
+# While it waits, Python's main thread looks at signals this often.
+_POLL = datetime.timedelta(milliseconds=100)
+_communicators: weakref.WeakKeyDictionary[Any, Communicator] = weakref.WeakKeyDictionary()
+
+
+def handle_of(group: Any, world_size: int) -> str:
+    """The name of a process group, by default of the world."""
+    if group is None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError(
+                f"the plan is for {world_size} ranks but no group was given and torch.distributed "
+                "is not initialised; give a group, or a plan for 1 rank"
+            )
+        group = dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group is {type(group).__qualname__}; it must be a torch.distributed group that this "
+            "process is a member of, a zigzag_attention.Communicator or None"
+        )
+    return "pg:" + group.group_name
+
+
+def by_name(name: str) -> Communicator:
+    """The communicator of the process group of that name."""
+    return communicator(dist.distributed_c10d._resolve_process_group(name))
+
+
+def communicator(group: dist.ProcessGroup) -> Communicator:
+    """The group's communicator, made on first use."""
+    found = _communicators.get(group)
+    if found is None:
+        collectives = _Collectives(group)
+        found = Communicator(
+            _core.Communicator.callback(
+                dist.get_rank(group),
+                dist.get_world_size(group),
+                collectives.all_gather,
+                collectives.all_to_all,
+            )
+        )
+        _communicators[group] = found
+    return found
+
+
+class _Collectives:
+    """The two functions that the library calls, on bytes of host memory."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        # Weak, because the table above must not keep its own keys alive.
+        self._group = weakref.ref(group)
+        self._rank = dist.get_rank(group)
+        self._size = dist.get_world_size(group)
+        # A group of NCCL alone moves nothing on the host: bytes go through the GPU.
+        on_host = torch.device("cpu") in group._device_types
+        self._device = torch.device("cpu" if on_host else "cuda")
+        # The newer name of the same collective warns less.
+        self._gather: Callable[..., Any] = getattr(
+            dist, "all_gather_single", dist.all_gather_into_tensor
+        )
+
+    def all_gather(self, data: NDArray[Any], out: NDArray[Any]) -> None:
+        received = self._empty(out)
+        self._wait(
+            "all_gather",
+            lambda group: self._gather(received, self._tensor(data), group=group, async_op=True),
+        )
+        self._store(received, out)
+
+    def all_to_all(
+        self, send: NDArray[Any], send_bytes: list[int], receive: NDArray[Any], receive_bytes: list[int]
+    ) -> None:
+        received = self._empty(receive)
+        self._wait(
+            "all_to_all",
+            lambda group: dist.all_to_all_single(
+                received,
+                self._tensor(send),
+                receive_bytes,
+                send_bytes,
+                group=group,
+                async_op=True,
+            ),
+        )
+        self._store(received, receive)
+
+    def _tensor(self, data: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(data).to(self._device)
+
+    def _empty(self, like: NDArray[Any]) -> torch.Tensor:
+        if self._device.type == "cpu":
+            return torch.from_numpy(like)
+        return torch.empty(like.size, dtype=torch.uint8, device=self._device)
+
+    def _store(self, received: torch.Tensor, out: NDArray[Any]) -> None:
+        if self._device.type != "cpu":
+            torch.from_numpy(out).copy_(received)
+
+    def _wait(self, step: str, start: Callable[[dist.ProcessGroup], Any]) -> None:
+        group = self._group()
+        where = f"rank {self._rank} of {self._size} of a torch.distributed group"
+        if group is None:
+            raise RuntimeError(f"{where}: the group was destroyed")
+        seconds = _core.timeout_seconds()
+        deadline = time.monotonic() + seconds
+        try:
+            work = start(group)
+            if self._device.type != "cpu":
+                work.wait()
+                return
+            while not _wait_briefly(work):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"{where} waited {seconds:g} s for its peers in {step}; "
+                        "one of them died or never came (ZIGZAG_TIMEOUT_S)"
+                    )
+        except TimeoutError:
+            raise
+        except RuntimeError as error:
+            raise _core.CommunicationError(f"{where}: {step} failed: {error}") from error
+
+
+def _wait_briefly(work: Any) -> bool:
+    """True when the work is done; its failure is raised."""
+    try:
+        work.wait(_POLL)
+    except RuntimeError:
+        # The same type tells a short wait from a failed exchange.
+        if work.is_completed():
+            raise
+        return False
+    return True

@@ -1,0 +1,314 @@
+"""The torch side: one differentiable operation for separate, kv-packed and qkv-packed tensors.
+
+It is registered with torch.library, so that torch.compile keeps it as one node and never looks
+inside. Packs travel as tensors and groups by name, so that a new pack is no new graph.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zigzag_attention import _core, layout
+from zigzag_attention._arrays import Indices, index_array, stream_of, view
+from zigzag_attention.attention import check_group, check_local, make_options
+from zigzag_attention.communicator import Communicator, Group, handle_of, resolve
+from zigzag_attention.plan import Plan, Window
+
+if TYPE_CHECKING:
+    Options = tuple[bool, float | None, Window, float, int | None, bool]
+
+_MAX_PLANS = 32
+_plans: OrderedDict[tuple[bytes, int], Plan] = OrderedDict()
+_plan_of_tensor: dict[tuple[int, int], tuple[weakref.ref[Tensor], int, Plan]] = {}
+
+
+def attention(
+    packed: Sequence[Tensor],
+    cu_seqlens: Tensor,
+    local_cu_seqlens: Tensor | None,
+    world_size: int,
+    group: Group,
+    options: Options,
+    kernels: str,
+) -> tuple[Tensor, Tensor]:
+    """out and lse of (q, k, v), (q, kv) or (qkv,)."""
+    causal, scale, (left, right), softcap, stage, deterministic = options
+    a, b, c = (*packed, None, None)[:3]
+    out, lse = _attention(
+        a,
+        b,
+        c,
+        cu_seqlens,
+        local_cu_seqlens,
+        world_size,
+        handle_of(group, world_size),
+        causal,
+        None if scale is None else float(scale),
+        left,
+        right,
+        float(softcap),
+        stage,
+        deterministic,
+        kernels,
+    )
+    return out, lse
+
+
+def world_size_of(group: Group) -> int:
+    """The group's ranks: its own, those of the world, or 1 when nothing was initialised."""
+    if isinstance(group, Communicator):
+        return group.size
+    if group is None and not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return int(dist.get_world_size(group))
+
+
+def as_cu_seqlens(cu_seqlens: Indices, name: str) -> Tensor:
+    """The caller's own tensor where there is one, so that later changes to it are noticed."""
+    if isinstance(cu_seqlens, Tensor):
+        return cu_seqlens
+    return torch.from_numpy(index_array(cu_seqlens, name))
+
+
+def _split(a: Tensor, b: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as views of what the caller packed."""
+    if b is None:
+        return a[:, 0], a[:, 1], a[:, 2]
+    if c is None:
+        return a, b[:, 0], b[:, 1]
+    return a, b, c
+
+
+def _plan(cu_seqlens: Tensor, world_size: int) -> Plan:
+    """The plan of a pack; every layer of a model asks for the same one."""
+    key = (id(cu_seqlens), world_size)
+    version = -1 if cu_seqlens.is_inference() else cu_seqlens._version
+    known = _plan_of_tensor.get(key)
+    if known is not None and known[0]() is cu_seqlens and known[1] == version >= 0:
+        return known[2]
+    values = index_array(cu_seqlens, "cu_seqlens")
+    content = (values.tobytes(), world_size)
+    plan = _plans.get(content)
+    if plan is None:
+        plan = Plan(values, world_size)
+        _plans[content] = plan
+    _plans.move_to_end(content)
+    while len(_plans) > _MAX_PLANS:
+        _plans.popitem(last=False)
+    if len(_plan_of_tensor) > 4 * _MAX_PLANS:
+        _plan_of_tensor.clear()
+    _plan_of_tensor[key] = (weakref.ref(cu_seqlens), version, plan)
+    return plan
+
+
+def _prepare(
+    cu_seqlens: Tensor, local: Tensor | None, rows: int, world_size: int, group: str
+) -> tuple[Plan, Communicator]:
+    """The plan and the group. A rank whose arguments are wrong tells the others."""
+    communicator = resolve(group)
+    try:
+        plan = _plan(cu_seqlens, world_size)
+        check_group(communicator, world_size)
+        if local is not None:
+            check_local(index_array(local, "cu_seqlens_q"), rows, plan, communicator.rank)
+    except ValueError as error:
+        _core.refuse(communicator._core, str(error))
+        raise
+    return plan, communicator
+
+
+@torch.library.custom_op("zigzag::attention", mutates_args=())
+def _attention(
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    cu_seqlens: Tensor,
+    local_cu_seqlens: Tensor | None,
+    world_size: int,
+    group: str,
+    causal: bool,
+    softmax_scale: float | None,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    kv_heads_per_stage: int | None,
+    deterministic: bool,
+    kernels: str,
+) -> tuple[Tensor, Tensor]:
+    q, k, v = _split(a, b, c)
+    plan, communicator = _prepare(cu_seqlens, local_cu_seqlens, q.shape[0], world_size, group)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    options = make_options(
+        causal,
+        softmax_scale,
+        (window_left, window_right),
+        softcap,
+        kv_heads_per_stage,
+        deterministic,
+        kernels,
+        stream_of(q),
+    )
+    _core.forward(
+        view(q), view(k), view(v), plan._core, communicator._core, options, view(out), view(lse)
+    )
+    return out, lse
+
+
+@_attention.register_fake
+def _(a: Tensor, b: Tensor | None, c: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
+    q, _k, _v = _split(a, b, c)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("zigzag::attention_backward", mutates_args=())
+def _attention_backward(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    cu_seqlens: Tensor,
+    local_cu_seqlens: Tensor | None,
+    world_size: int,
+    group: str,
+    causal: bool,
+    softmax_scale: float | None,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    kv_heads_per_stage: int | None,
+    deterministic: bool,
+    kernels: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = _split(a, b, c)
+    plan, communicator = _prepare(cu_seqlens, local_cu_seqlens, q.shape[0], world_size, group)
+    da, db, dc = _like(a, b, c)
+    dq, dk, dv = _split(da, None if b is None else db, None if c is None else dc)
+    if dout.stride(-1) != 1:
+        # Autograd hands on whatever the next layer made, expanded scalars among it.
+        dout = dout.contiguous()
+    options = make_options(
+        causal,
+        softmax_scale,
+        (window_left, window_right),
+        softcap,
+        kv_heads_per_stage,
+        deterministic,
+        kernels,
+        stream_of(q),
+    )
+    _core.backward(
+        view(dout),
+        view(q),
+        view(k),
+        view(v),
+        view(out),
+        view(lse),
+        plan._core,
+        communicator._core,
+        options,
+        view(dq),
+        view(dk),
+        view(dv),
+    )
+    return da, db, dc
+
+
+def _like(a: Tensor, b: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients packed as the inputs are; an operation has no optional results."""
+    return (
+        a.new_empty(a.shape),
+        a.new_empty((0,) if b is None else b.shape),
+        a.new_empty((0,) if c is None else c.shape),
+    )
+
+
+@_attention_backward.register_fake
+def _(
+    dout: Tensor, out: Tensor, lse: Tensor, a: Tensor, b: Tensor | None, c: Tensor | None, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(a, b, c)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    a, b, c, cu_seqlens, local, *ctx.options = inputs
+    out, lse = output
+    # Saved tensors are watched: a cu_seqlens that is changed before the backward is an error.
+    ctx.save_for_backward(out, lse, a, b, c, cu_seqlens, local)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Any, ...]:
+    out, lse, a, b, c, cu_seqlens, local = ctx.saved_tensors
+    none = (None,) * (2 + len(ctx.options))
+    if dout is None:
+        # The exchange is collective: the other ranks wait for this one's part.
+        dout = torch.zeros_like(out)
+    da, db, dc = _attention_backward(
+        dout, out, lse, a, b, c, cu_seqlens, local, *ctx.options
+    )
+    return (da, None if b is None else db, None if c is None else dc, *none)
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    del ctx, inputs, output
+
+
+def _no_double_backward(ctx: Any, *_: object) -> None:
+    raise RuntimeError(
+        "zigzag attention was differentiated twice; only first derivatives are supported "
+        "(create_graph=True asks for the second)"
+    )
+
+
+_attention.register_autograd(_backward, setup_context=_save)
+_attention_backward.register_autograd(_no_double_backward, setup_context=_save_nothing)
+
+
+class _Shard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: Plan, rank: int) -> Tensor:
+        ctx.plan, ctx.rank = plan, rank
+        return layout.shard_rows(x, plan, rank)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        out = grad.new_zeros((ctx.plan.total_tokens, *grad.shape[1:]))
+        _core.unshard_rank(
+            view(grad), ctx.plan._core, ctx.rank, view(out), stream=stream_of(grad)
+        )
+        return out, None, None
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, *parts: Tensor) -> Tensor:
+        ctx.plan = plan
+        return layout.unshard_rows(parts, plan)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        plan = ctx.plan
+        return (None, *(layout.shard_rows(grad, plan, rank) for rank in range(plan.world_size)))
+
+
+def shard(x: Tensor, plan: Plan, rank: int) -> Tensor:
+    """shard with a gradient."""
+    result: Tensor = _Shard.apply(x, plan, rank)  # type: ignore[no-untyped-call]
+    return result
+
+
+def unshard(parts: Sequence[Tensor], plan: Plan) -> Tensor:
+    """unshard with a gradient."""
+    result: Tensor = _Unshard.apply(plan, *parts)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,131 @@
+"""Groups of ranks: one rank, threads, MPI, or a process group of torch.distributed."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import weakref
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from zigzag_attention import _core
+
+if TYPE_CHECKING:
+    import torch.distributed
+
+    Group: TypeAlias = "Communicator | torch.distributed.ProcessGroup | None"
+else:
+    Group = Any
+
+_numbers = itertools.count()
+_by_number: weakref.WeakValueDictionary[int, Communicator] = weakref.WeakValueDictionary()
+
+
+class Communicator:
+    """This rank's end of a group that exchanges K/V and gradients.
+
+    Made by `self()`, `threads(n)`, `mpi()` or `from_torch(group)`. All ranks of a group must make
+    the same calls in the same order. A rank waits for its peers at most `ZIGZAG_TIMEOUT_S` seconds
+    (default 300) and then raises TimeoutError.
+    """
+
+    def __init__(self, core: _core.Communicator) -> None:
+        self._core = core
+        self._number = next(_numbers)
+        self._handle = f"comm:{self._number}"
+        _by_number[self._number] = self
+
+    @staticmethod
+    def self() -> Communicator:
+        """The group of one rank, which makes no exchange."""
+        return _SELF
+
+    @staticmethod
+    def threads(size: int) -> list[Communicator]:
+        """A group of threads of this process: element r is for the thread of rank r."""
+        return [Communicator(core) for core in _core.Communicator.threads(size)]
+
+    @staticmethod
+    def mpi(comm: Any = None) -> Communicator:
+        """The ranks of an mpi4py communicator, by default `MPI.COMM_WORLD`; needs mpi4py.
+
+        Uses the library's own MPI transport when it was built with ZIGZAG_MPI=ON, and mpi4py's
+        collectives otherwise.
+        """
+        from zigzag_attention import _mpi
+
+        return Communicator(_mpi.make(comm))
+
+    @staticmethod
+    def from_torch(group: torch.distributed.ProcessGroup) -> Communicator:
+        """The ranks of a torch.distributed group; the same group gives the same communicator."""
+        from zigzag_attention import _distributed
+
+        return _distributed.communicator(group)
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in the group."""
+        return self._core.rank
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self._core.size
+
+    @property
+    def name(self) -> str:
+        """ "self", "threads", "mpi" or "callback"."""
+        return self._core.name
+
+    def barrier(self) -> None:
+        """Waits until every rank has come here."""
+        self._core.barrier()
+
+    def all_gather(self, data: bytes) -> bytes:
+        """Every rank gives the same number of bytes and gets those of all, in rank order."""
+        return self._core.all_gather(data)
+
+    def abort(self, reason: str) -> None:
+        """Tells the other ranks that this one failed, so that they stop waiting."""
+        self._core.abort(reason)
+
+    def __repr__(self) -> str:
+        return f"Communicator({self.name}, rank {self.rank} of {self.size})"
+
+
+_SELF = Communicator(_core.Communicator.self())
+
+
+def resolve(handle: str) -> Communicator:
+    """The communicator that `handle_of` named."""
+    kind, _, name = handle.partition(":")
+    if kind == "pg":
+        from zigzag_attention import _distributed
+
+        return _distributed.by_name(name)
+    found = _by_number.get(int(name))
+    if found is None:
+        raise RuntimeError("the communicator that the forward pass used is gone; keep it alive")
+    return found
+
+
+def handle_of(group: Group, world_size: int) -> str:
+    """A name for the group that `world_size` ranks exchange in; ValueError when there is none."""
+    if isinstance(group, Communicator):
+        return group._handle
+    if group is None and world_size == 1:
+        return _SELF._handle
+    from zigzag_attention import _distributed
+
+    return _distributed.handle_of(group, world_size)
+
+
+def communicator_of(group: Group) -> Communicator:
+    """The group itself; without one the world of torch.distributed, or one rank alone."""
+    if isinstance(group, Communicator):
+        return group
+    dist = sys.modules.get("torch.distributed")
+    if group is None and not (dist and dist.is_available() and dist.is_initialized()):
+        return _SELF
+    # The size tells only whether a world that is not there is wanted; here it is there.
+    return resolve(handle_of(group, -1))

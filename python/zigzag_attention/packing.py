@@ -1,0 +1,130 @@
+"""What surrounds attention in a training step: packs, labels, positions and the loss's count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from zigzag_attention._arrays import ArrayT, Indices, index_array, is_torch, same_kind
+from zigzag_attention.communicator import Group
+from zigzag_attention.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Pack(NamedTuple):
+    """A batch laid end to end, without padding."""
+
+    input_ids: Any
+    """`[tokens]`, documents end to end."""
+    labels: Any
+    """`[tokens]`: the NEXT token of each token, `ignore_index` at the end of each document."""
+    cu_seqlens: Any
+    """`[documents + 1]` int64, GLOBAL."""
+
+
+def shift_labels(labels: ArrayT, cu_seqlens: Indices, ignore_index: int = -100) -> ArrayT:
+    """Labels for next-token prediction: each token's label is the token after it.
+
+    Shift BEFORE sharding: the neighbour of a local row is not the next token, and a model that
+    shifts by itself would compare across chunks. The last token of each document gets
+    `ignore_index`, so that no document predicts the next one's start.
+
+    Args:
+        labels: `[tokens]` of the whole pack: the tokens themselves, or `ignore_index` where a
+            token is not to be predicted.
+        cu_seqlens: `[documents + 1]`, GLOBAL.
+        ignore_index: the label that the loss leaves out.
+
+    Returns:
+        `[tokens]`.
+    """
+    values = index_array(cu_seqlens, "cu_seqlens")
+    if labels.ndim != 1 or labels.shape[0] != values[-1]:
+        raise ValueError(
+            f"labels has shape {list(labels.shape)}; cu_seqlens ends at {int(values[-1])}, so it "
+            f"must be [{int(values[-1])}]"
+        )
+    shifted: Any = labels.clone() if is_torch(labels) else labels.copy()  # type: ignore[union-attr]
+    shifted[:-1] = labels[1:]
+    lengths = np.diff(values)
+    for last in values[1:][lengths > 0] - 1:
+        shifted[int(last)] = ignore_index
+    return shifted  # type: ignore[no-any-return]
+
+
+def collate(
+    documents: Sequence[ArrayT],
+    labels: Sequence[ArrayT] | None = None,
+    ignore_index: int = -100,
+) -> Pack:
+    """A batch of documents as one pack, without padding.
+
+    Args:
+        documents: token ids `[length]` each; any lengths.
+        labels: the tokens to predict, like documents; by default the documents themselves.
+        ignore_index: the label that the loss leaves out.
+
+    Returns:
+        A `Pack` with shifted labels; shard all of it with one `Plan(pack.cu_seqlens, world_size)`.
+    """
+    if len(documents) == 0:
+        raise ValueError("collate was given no documents; it needs at least one")
+    kind = same_kind(" ".join(f"documents[{i}]" for i in range(len(documents))), *documents)
+    lengths = np.array([len(document) for document in documents], dtype=np.int64)
+    targets = documents if labels is None else labels
+    if [len(target) for target in targets] != lengths.tolist():
+        raise ValueError("labels have other lengths than the documents; they must be equal")
+    ends: Any = np.concatenate(([0], np.cumsum(lengths)))
+    if kind == "torch":
+        import torch
+
+        ends = torch.from_numpy(ends)
+        ids: Any = torch.cat(list(documents))  # type: ignore[arg-type]
+        wanted: Any = torch.cat(list(targets))  # type: ignore[arg-type]
+    else:
+        ids = np.concatenate(documents)  # type: ignore[arg-type]
+        wanted = np.concatenate(targets)  # type: ignore[arg-type]
+    return Pack(ids, shift_labels(wanted, ends, ignore_index), ends)
+
+
+def position_ids(plan: Plan, rank: int, device: Any = None) -> torch.Tensor:
+    """`plan.position_ids(rank)` as a torch tensor `[1, local_tokens]`, as models take it.
+
+    Positions restart at each document and jump where a rank's late chunk begins.
+    """
+    import torch
+
+    return torch.from_numpy(plan.position_ids(rank)).to(device)[None]
+
+
+def token_mean(
+    loss_sum: torch.Tensor, tokens: torch.Tensor | int, group: Group = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss's mean over the tokens of all ranks.
+
+    A mean of the ranks' means would weight tokens by how many labels their rank happens to hold.
+
+    Args:
+        loss_sum: this rank's SUM of token losses, a scalar with a graph.
+        tokens: how many labels this rank counted (those that are not `ignore_index`).
+        group: a torch.distributed group, a `Communicator`, or None for the world.
+
+    Returns:
+        `(share, mean)`. Call `share.backward()`: loss_sum divided by the tokens of ALL ranks, so
+        that gradients SUMMED over the ranks are those of one rank with the whole pack. `mean` is
+        the loss to print, without a graph, the same on all ranks. With no token at all both are 0.
+    """
+    import torch
+
+    from zigzag_attention.communicator import communicator_of
+
+    mine = np.array([float(loss_sum.detach()), float(tokens)], dtype=np.float64)
+    everyone = communicator_of(group).all_gather(mine.tobytes())
+    sums = np.frombuffer(everyone, dtype=np.float64).reshape(-1, 2).sum(axis=0)
+    count = max(float(sums[1]), 1.0)
+    mean = torch.tensor(sums[0] / count, dtype=loss_sum.dtype, device=loss_sum.device)
+    return loss_sum / count, mean
