@@ -4,8 +4,10 @@
 check_repository.py [ROOT]     ROOT: the repository; by default the one this file is in
 """
 
+import io
 import re
 import sys
+import tokenize
 from pathlib import Path
 
 MAX_LINES = 600
@@ -31,10 +33,34 @@ CHUNK_ARITHMETIC = [
 EXCUSE = "not chunk arithmetic:"
 
 
-def code_of(line: str, is_python: bool) -> str:
-    """The line without its comment and without the text of string literals."""
-    line = re.sub(r'"(?:\\.|[^"\\])*"', '""', line)
-    return re.sub(r"#.*$" if is_python else r"//.*$", "", line)
+def code_of(line: str) -> str:
+    """A line of C++ without its comment and without the text of string literals."""
+    return re.sub(r"//.*$", "", re.sub(r'"(?:\\.|[^"\\])*"', '""', line))
+
+
+def python_code(lines: list) -> list:
+    """Lines of Python with comments and string literals, docstrings among them, blanked out."""
+    code = [list(line) for line in lines]
+    text = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
+    for token in tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline):
+        if token.type in text:
+            for row in range(token.start[0], token.end[0] + 1):
+                begin = token.start[1] if row == token.start[0] else 0
+                end = token.end[1] if row == token.end[0] else len(code[row - 1])
+                code[row - 1][begin:end] = " " * (end - begin)
+    return ["".join(line) for line in code]
+
+
+def cpp_code(lines: list) -> list:
+    """Lines of C++ with comments and the text of string literals left out."""
+    code = []
+    in_comment = False
+    for line in lines:
+        in_comment = in_comment or "/*" in line
+        code.append("" if in_comment else code_of(line))
+        if "*/" in line:
+            in_comment = False
+    return code
 
 
 def files(root: Path):
@@ -63,13 +89,8 @@ def check_chunk_arithmetic(name: str, lines: list) -> list:
         return []
     is_python = name.endswith(".py")
     found = []
-    in_comment = False
-    for number, line in enumerate(lines, 1):
-        if not is_python and "/*" in line:
-            in_comment = True
-        code = "" if in_comment else code_of(line, is_python)
-        if "*/" in line:
-            in_comment = False
+    codes = python_code(lines) if is_python else cpp_code(lines)
+    for number, (line, code) in enumerate(zip(lines, codes, strict=True), 1):
         if EXCUSE in line:
             continue
         for pattern, what in CHUNK_ARITHMETIC:
@@ -97,7 +118,7 @@ def check_no_exit(name: str, lines: list) -> list:
         return []
     found = []
     for number, line in enumerate(lines, 1):
-        code = code_of(line, False)
+        code = code_of(line)
         if ENDS_PROCESS.search(code):
             found.append(f"{name}:{number}: the library never ends the process: {line.strip()}")
         if PRINTS.search(code):
@@ -142,7 +163,7 @@ def check_contracts(name: str, text: str) -> list:
         if stripped.startswith("//"):
             commented = True
             continue
-        code = code_of(line, False)
+        code = code_of(line)
         if not stripped or stripped.startswith("#"):
             commented = False
             continue

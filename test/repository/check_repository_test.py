@@ -41,6 +41,8 @@ class ChunkArithmetic(unittest.TestCase):
         ):
             self.assertEqual(self.found(line), 0, line)
         self.assertEqual(self.found("x = y  # total // world_size", "python/x.py"), 0)
+        docstring = ['"""Rows:', "`[tokens / world_size, ...]`", '"""', "x = f'{y} / W'"]
+        self.assertEqual(rules.check_chunk_arithmetic("python/x.py", docstring), [])
 
 
 class Contracts(unittest.TestCase):
