@@ -1,0 +1,245 @@
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "comm/device_rows.h"
+#include "comm/factories.h"
+#include "comm/peer_group.h"
+#include "cuda/check.h"
+#include "cuda/layout.h"
+#include "cuda/sum_rows.h"
+#include "zigzag/communicator.h"
+#include "zigzag/error.h"
+
+namespace zigzag::comm {
+namespace {
+
+using cuda::as_stream;
+using cuda::check;
+
+enum List : std::uint64_t { kOwn = 1, kPull, kPackPartials, kSum };
+
+/// Copies shorter than this on average go through a kernel, longer ones through the copy engines,
+/// which take no multiprocessor (measured: gpu.md's table; ZIGZAG_PEER_COPY decides otherwise).
+constexpr std::int64_t kEngineBytes = std::int64_t{128} << 10;
+constexpr std::int64_t kMaxEngineCopies = 256;
+
+constexpr std::int64_t kAlignment = 256;
+
+enum class CopyBy : std::uint8_t { kAuto, kEngine, kKernel };
+
+CopyBy copy_by() {
+  const char* text = std::getenv("ZIGZAG_PEER_COPY");
+  const std::string word = text == nullptr ? "auto" : text;
+  if (word == "auto" || word.empty()) return CopyBy::kAuto;
+  if (word == "engine") return CopyBy::kEngine;
+  if (word == "kernel") return CopyBy::kKernel;
+  throw InvalidArgument("ZIGZAG_PEER_COPY is '" + word + "'; it must be auto, engine or kernel");
+}
+
+std::int64_t align(std::int64_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+std::int64_t row_bytes(const TensorView& view) {
+  return view.row_elements() * item_size(view.dtype);
+}
+
+/// Ranks whose GPUs read each other's memory. A rank packs its rows into memory that peers may
+/// read, says so, and pulls what it needs; nothing waits for a GPU.
+class PeerTransport final : public Transport {
+ public:
+  PeerTransport(std::shared_ptr<Transport> bootstrap, int device)
+      : group_(std::move(bootstrap), device), copy_by_(copy_by()) {}
+
+  int rank() const override { return group_.rank(); }
+  int size() const override { return group_.size(); }
+  std::string_view name() const override { return "peer"; }
+
+  void all_gather(std::span<const std::byte> in, std::span<std::byte> out) override {
+    group_.bootstrap().all_gather(in, out);
+  }
+  void barrier() override { group_.bootstrap().barrier(); }
+  void abort(std::string_view reason) noexcept override { group_.bootstrap().abort(reason); }
+
+  void gather(std::span<const TensorView> sources, std::span<const TensorView> destinations,
+              const ExchangeTable& table, const Step& step, Queue queue) override {
+    check_device(sources, group_.device(), rank());
+    check_device(destinations, group_.device(), rank());
+    cuda::DeviceGuard guard(group_.device());
+    const cudaStream_t stream = as_stream(queue.stream);
+
+    // Every rank places tensor t behind the tensors before it, by its own number of rows.
+    std::vector<std::int64_t> offsets;
+    std::int64_t bytes = 0;
+    for (const TensorView& source : sources) {
+      offsets.push_back(bytes);
+      bytes = align(bytes + source.shape[0] * row_bytes(source));
+    }
+    auto* packed = static_cast<std::byte*>(group_.begin(std::max<std::int64_t>(bytes, 1), stream));
+    const Segment whole[] = {{0, 0, 0, table.local_tokens}};
+    for (std::size_t t = 0; t < sources.size(); ++t) {
+      const TensorView copy = packed_like(sources[t], packed + offsets[t], table.local_tokens);
+      cuda::copy_rows(sources[t], copy, whole, 0, stream);
+    }
+    const std::vector<std::int64_t> all_offsets = group_.publish(offsets, step, stream);
+    for (std::size_t t = 0; t < sources.size(); ++t) {
+      pull(t, sources.size(), all_offsets, destinations[t], table, stream);
+    }
+    group_.end(stream);
+  }
+
+  void reduce(std::span<const TensorView> partials, std::span<const TensorView> destinations,
+              const ExchangeTable& table, const Step& step, Queue queue) override {
+    check_device(partials, group_.device(), rank());
+    check_device(destinations, group_.device(), rank());
+    cuda::DeviceGuard guard(group_.device());
+    const cudaStream_t stream = as_stream(queue.stream);
+    if (group_.one_process()) {
+      reduce_in_place(partials, destinations, table, step, stream);
+    } else {
+      reduce_packed(partials, destinations, table, step, stream);
+    }
+  }
+
+ private:
+  /// Fetches the rows of tensor t from every rank, its own included.
+  void pull(std::size_t t, std::size_t tensors, const std::vector<std::int64_t>& offsets,
+            const TensorView& destination, const ExchangeTable& table, cudaStream_t stream) {
+    std::vector<TensorView> sources;
+    std::vector<Segment> segments;
+    for (int i = 0; i < size(); ++i) {
+      // Ranks start behind themselves, so that they do not all read one GPU at once.
+      const int peer = (rank() + 1 + i) % size();
+      const auto at = static_cast<std::size_t>(peer);
+      const auto* memory = static_cast<const std::byte*>(group_.memory(peer));
+      sources.push_back(
+          packed_like(destination, memory + offsets[at * tensors + t], destination.shape[0]));
+      for (Segment segment : table.receives[at]) {
+        segment.source = i;
+        segments.push_back(segment);
+      }
+    }
+    const std::int64_t bytes = row_bytes(destination);
+    const auto count = static_cast<std::int64_t>(segments.size());
+    const bool engine = copy_by_ == CopyBy::kEngine ||
+                        (copy_by_ == CopyBy::kAuto && count <= kMaxEngineCopies && count > 0 &&
+                         count_rows(segments) * bytes / count >= kEngineBytes);
+    if (!engine) {
+      cuda::copy_rows(sources, destination, segments, list_key(table, kPull), stream);
+      return;
+    }
+    for (const Segment& segment : segments) {
+      const auto* from = sources[static_cast<std::size_t>(segment.source)].as<std::byte>() +
+                         segment.source_row * bytes;
+      check(cudaMemcpyAsync(destination.as<std::byte>() + segment.destination_row * bytes, from,
+                            static_cast<std::size_t>(segment.rows * bytes), cudaMemcpyDefault,
+                            stream),
+            "cudaMemcpyAsync");
+    }
+  }
+
+  /// Reads peers' partials where they lie: all ranks share this process and its addresses.
+  void reduce_in_place(std::span<const TensorView> partials,
+                       std::span<const TensorView> destinations, const ExchangeTable& table,
+                       const Step& step, cudaStream_t stream) {
+    (void)group_.begin(1, stream);
+    std::vector<std::int64_t> addresses;
+    for (const TensorView& partial : partials) {
+      addresses.push_back(
+          static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(partial.data)));
+    }
+    const std::vector<std::int64_t> all = group_.publish(addresses, step, stream);
+    const cuda::TableKey key{list_key(table, kSum), 0, 30};
+    for (std::size_t t = 0; t < partials.size(); ++t) {
+      std::vector<const void*> sources;
+      for (int r = 0; r < size(); ++r) {
+        sources.push_back(reinterpret_cast<const void*>(
+            static_cast<std::uintptr_t>(all[static_cast<std::size_t>(r) * partials.size() + t])));
+      }
+      cuda::sum_rows(
+          sources, partials[t].dtype, destinations[t], key, [&] { return sum_table(table, false); },
+          stream);
+    }
+    group_.end(stream);
+    group_.wait_for_readers(step, stream);
+  }
+
+  /// Packs what each peer will read, since another process sees only this transport's own memory.
+  void reduce_packed(std::span<const TensorView> partials, std::span<const TensorView> destinations,
+                     const ExchangeTable& table, const Step& step, cudaStream_t stream) {
+    std::vector<Segment> packing;
+    std::vector<std::int64_t> first_rows(static_cast<std::size_t>(size()), 0);
+    std::int64_t rows = 0;
+    for (int r = 0; r < size(); ++r) {
+      const auto at = static_cast<std::size_t>(r);
+      first_rows[at] = rows;
+      if (r == rank()) continue;
+      for (const Segment& segment : table.receives[at]) {
+        packing.push_back({0, segment.destination_row, rows, segment.rows});
+        rows += segment.rows;
+      }
+    }
+    std::vector<std::int64_t> offsets;
+    std::int64_t bytes = 0;
+    for (const TensorView& partial : partials) {
+      offsets.push_back(bytes);
+      bytes = align(bytes + rows * row_bytes(partial));
+    }
+    auto* packed = static_cast<std::byte*>(group_.begin(std::max<std::int64_t>(bytes, 1), stream));
+    for (std::size_t t = 0; t < partials.size(); ++t) {
+      const TensorView copy = packed_like(partials[t], packed + offsets[t], rows);
+      cuda::copy_rows(partials[t], copy, packing, list_key(table, kPackPartials), stream);
+    }
+    std::vector<std::int64_t> values = offsets;
+    values.insert(values.end(), first_rows.begin(), first_rows.end());
+    const std::vector<std::int64_t> all = group_.publish(values, step, stream);
+    const cuda::TableKey key{list_key(table, kSum), 0, 31};
+    for (std::size_t t = 0; t < partials.size(); ++t) {
+      std::vector<const void*> sources;
+      for (int r = 0; r < size(); ++r) {
+        const std::int64_t* theirs = all.data() + static_cast<std::size_t>(r) * values.size();
+        const std::int64_t first_row = theirs[partials.size() + static_cast<std::size_t>(rank())];
+        const auto* memory = static_cast<const std::byte*>(group_.memory(r));
+        sources.push_back(r == rank() ? partials[t].data
+                                      : memory + theirs[t] + first_row * row_bytes(partials[t]));
+      }
+      cuda::sum_rows(
+          sources, partials[t].dtype, destinations[t], key, [&] { return sum_table(table, true); },
+          stream);
+    }
+    group_.end(stream);
+  }
+
+  /// Where the rows that add up to a local row lie in each rank's partials; `packed`: in the rows
+  /// that the rank packed for this one.
+  cuda::SumTable sum_table(const ExchangeTable& table, bool packed) const {
+    std::vector<cuda::SumPart> parts;
+    for (int r = 0; r < size(); ++r) {
+      std::int64_t row = 0;
+      for (const Segment& segment : table.sends[static_cast<std::size_t>(r)]) {
+        const bool own = r == rank();
+        parts.push_back(
+            {r, segment.source_row, packed && !own ? row : segment.destination_row, segment.rows});
+        row += segment.rows;
+      }
+    }
+    return cuda::make_sum_table(parts, size(), table.local_tokens);
+  }
+
+  PeerGroup group_;
+  CopyBy copy_by_;
+};
+
+}  // namespace
+}  // namespace zigzag::comm
+
+namespace zigzag {
+
+Communicator Communicator::peer(const Communicator& bootstrap, int device) {
+  return Communicator(std::make_shared<comm::PeerTransport>(bootstrap.transport_, device));
+}
+
+}  // namespace zigzag
