@@ -82,11 +82,11 @@ void check_writable(const std::string& path, std::string_view flag) {
   if (!fs::is_directory(folder, error)) {
     throw InvalidArgument(
         fmt::format("{} '{}' lies in a folder that does not exist; make '{}' first", flag, path,
-                    folder.string()));
+                    folder_of(path).string()));
   }
   if (::access(folder.c_str(), W_OK | X_OK) != 0) {
     throw InvalidArgument(fmt::format("{} '{}' cannot be written: folder '{}': {}", flag, path,
-                                      folder.string(), reason()));
+                                      folder_of(path).string(), reason()));
   }
   if (target.filename().string().size() > 200) {
     throw InvalidArgument(fmt::format("{} has a file name of {} bytes; at most 200 are allowed",

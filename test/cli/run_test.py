@@ -1,0 +1,227 @@
+"""zigzag run: JSON, the check over world sizes and types, output files, interruption, MPI."""
+
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import support
+from support import CommandTest
+
+WORLDS = (1, 2, 3, 4, 5, 8)
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def documents_of(folder: Path) -> None:
+    """Real text of very different lengths: 0 bytes to 1,500."""
+    text = (support.REPOSITORY / "include/zigzag/plan.h").read_bytes()
+    (folder / "docs").mkdir()
+    for name, length in (("a", 1500), ("b", 0), ("c", 1), ("d", 13), ("e", 257), ("f", 128)):
+        (folder / "docs" / name).write_bytes(text[:length])
+
+
+class RunTest(CommandTest):
+    def test_json_has_the_promised_keys(self):
+        run = self.passes("run", "--lengths", "100,0,33", "--ranks", 3, "--json").json()
+        self.assertEqual(run["ranks"], 3)
+        self.assertEqual((run["device"], run["comm"], run["dtype"]), ("cpu", "threads", "float32"))
+        self.assertEqual((run["tokens"], run["documents"]), (133, 3))
+        for key in ("forward_ms", "backward_ms", "tflops", "peak_resident_bytes"):
+            self.assertGreater(run[key], 0)
+        self.assertEqual(len(run["per_rank"]), 3)
+        for rank in run["per_rank"]:
+            self.assertEqual(
+                set(rank),
+                {"rank", "tokens", "flops", "gathered_bytes", "forward_ms", "backward_ms"},
+            )
+        self.assertIsNone(run["check"])
+
+    def test_check_passes_for_every_world_size_and_type(self):
+        documents_of(self.folder)
+        for dtype in DTYPES:
+            for world in WORLDS:
+                run = self.passes(
+                    "run", "--documents", "docs", "--ranks", world, "--dtype", dtype,
+                    "--heads", 4, "--kv-heads", 2, "--head-dim", 32, "--check", "--json",
+                ).json()
+                check = run["check"]
+                self.assertTrue(check["passed"], f"{dtype} {world}: {check}")
+                self.assertGreaterEqual(check["out_max"], 0)
+                for name in ("out", "lse", "dq"):
+                    self.assertTrue(check[f"{name}_one_rank_equal"], f"{name} {dtype} {world}")
+
+    def test_out_lse_and_dq_have_the_same_bits_for_every_world_size(self):
+        documents_of(self.folder)
+        first = None
+        for world in (1, 2, 3, 4, 8):
+            path = self.folder / f"{world}.safetensors"
+            self.passes("run", "--documents", "docs", "--ranks", world, "--output", path.name)
+            tensors = support.read_safetensors(path)
+            self.assertEqual(list(tensors), ["out", "lse", "dq", "dk", "dv"])
+            tokens = 1500 + 1 + 13 + 257 + 128
+            self.assertEqual(tensors["out"][1], [tokens, 8, 64])
+            self.assertEqual(tensors["lse"][:2], ("F32", [tokens, 8]))
+            self.assertEqual(tensors["dk"][1], [tokens, 2, 64])
+            first = first or tensors
+            for name in ("out", "lse", "dq"):
+                self.assertEqual(tensors[name], first[name], f"{name} at {world} ranks")
+
+    def test_masks_and_options(self):
+        documents_of(self.folder)
+        for options in (
+            ["--causal", "false"],
+            ["--window", "50"],
+            ["--window", "40,7", "--causal", "false"],
+            ["--softcap", "2.5"],
+            ["--scale", "0.3"],
+            ["--kv-heads-per-stage", "1"],
+            ["--kernels", "reference"],
+            ["--deterministic"],
+            ["--head-dim", "80", "--heads", "3", "--kv-heads", "3"],
+        ):
+            check = self.passes(
+                "run", "--documents", "docs", "--max-tokens", 900, "--ranks", 3, "--check",
+                "--json", *options,
+            ).json()["check"]
+            self.assertTrue(check["passed"], options)
+
+    def test_empty_packs(self):
+        for lengths in ("0", "0,0", "1", "1,1,1"):
+            for world in (1, 3):
+                run = self.passes("run", "--lengths", lengths, "--ranks", world, "--check",
+                                  "--json", "--output", "o.safetensors").json()
+                self.assertTrue(run["check"]["passed"], f"{lengths} over {world}: {run['check']}")
+
+    def test_input_file(self):
+        tensors = support.pack_file([70, 0, 5, 31])
+        (self.folder / "in.safetensors").write_bytes(support.safetensors_bytes(tensors))
+        run = self.passes("run", "--input", "in.safetensors", "--ranks", 3, "--check", "--json",
+                          "--output", "out.safetensors").json()
+        self.assertEqual((run["tokens"], run["heads"], run["kv_heads"], run["head_dim"]),
+                         (106, 4, 2, 8))
+        self.assertTrue(run["check"]["passed"])
+        self.assertIn("dv", support.read_safetensors(self.folder / "out.safetensors"))
+        # The first token of a document sees itself alone: out is its v.
+        out = support.read_safetensors(self.folder / "out.safetensors")["out"][2]
+        row = struct.unpack("<8f", out[:32])
+        expected = struct.unpack("<8f", tensors["v"][2][:32])
+        for got, want in zip(row, expected, strict=True):
+            self.assertAlmostEqual(got, want, places=6)
+        del tensors["dout"]
+        (self.folder / "in.safetensors").write_bytes(support.safetensors_bytes(tensors))
+        run = self.passes("run", "--input", "in.safetensors", "--ranks", 2, "--json").json()
+        self.assertIsNone(run["backward_ms"])
+        run = self.passes("run", "--input", "in.safetensors", "--ranks", 2, "--json",
+                          "--backward").json()
+        self.assertGreater(run["backward_ms"], 0)
+
+    def test_a_failing_check_exits_1_and_writes_nothing(self):
+        # A NaN in q makes rows that no bound can hold for; the reference has them as well, so the
+        # wrong place of an infinity is what must be found: an overflow of float16.
+        tensors = support.pack_file([40], dout=False)
+        big = struct.pack("<e", 60000.0)
+        for name in ("q", "k", "v"):
+            shape = tensors[name][1]
+            tensors[name] = ("F16", shape, big * (shape[0] * shape[1] * shape[2]))
+        (self.folder / "in.safetensors").write_bytes(support.safetensors_bytes(tensors))
+        (self.folder / "o.safetensors").write_text("before")
+        finished = self.zigzag("run", "--input", "in.safetensors", "--ranks", 2, "--check",
+                               "--json", "--backward", "--scale", "1e38",
+                               "--output", "o.safetensors")
+        if finished.code == 0:
+            self.skipTest("the engine holds the bound on this input too")
+        self.assertEqual(finished.code, 1)
+        self.assertFalse(finished.json()["check"]["passed"])
+        self.assertIn("check failed", finished.err)
+        self.assertEqual((self.folder / "o.safetensors").read_text(), "before")
+
+    def test_seed_decides_the_inputs(self):
+        outputs = []
+        for seed in (1, 1, 2):
+            path = self.folder / f"{len(outputs)}.safetensors"
+            self.passes("run", "--lengths", "50", "--ranks", 2, "--seed", seed, "--output",
+                        path.name)
+            outputs.append(path.read_bytes())
+        self.assertEqual(outputs[0], outputs[1])
+        self.assertNotEqual(outputs[0], outputs[2])
+
+    def test_same_bits_for_one_and_two_threads(self):
+        outputs = []
+        for threads in ("1", "2"):
+            path = self.folder / f"{threads}.safetensors"
+            self.passes("run", "--lengths", "700,90", "--ranks", 3, "--output", path.name,
+                        env={"ZIGZAG_NUM_THREADS": threads})
+            outputs.append(path.read_bytes())
+        self.assertEqual(outputs[0], outputs[1])
+
+    def test_an_interrupted_run_leaves_nothing(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            for delay in (0.05, 0.4, 0.8):
+                process = subprocess.Popen(
+                    [support.COMMAND, "run", "--lengths", "6000", "--ranks", "2", "--kernels",
+                     "reference", "--output", "o.safetensors"],
+                    cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                    env=support.clean_environment(),
+                )
+                time.sleep(delay)
+                process.send_signal(number)
+                process.wait(timeout=60)
+                self.assertEqual(list(self.folder.iterdir()), [], f"signal {number} at {delay} s")
+
+    def test_output_through_a_link_keeps_the_link(self):
+        (self.folder / "real.safetensors").write_text("before")
+        (self.folder / "link.safetensors").symlink_to("real.safetensors")
+        self.passes("run", "--lengths", "9", "--ranks", 2, "--output", "link.safetensors")
+        self.assertTrue((self.folder / "link.safetensors").is_symlink())
+        support.read_safetensors(self.folder / "real.safetensors")
+        self.assertEqual(len(list(self.folder.iterdir())), 2)
+
+    def test_memory_is_linear_in_the_tokens(self):
+        peaks = []
+        for tokens in (4096, 8192):
+            run = self.passes("run", "--lengths", tokens, "--ranks", 4, "--json").json()
+            peaks.append(run["peak_resident_bytes"])
+            named = sum(run["memory"].values())
+            self.assertLess(run["peak_resident_bytes"], named + (400 << 20))
+        self.assertLess(peaks[1], 2.6 * peaks[0])
+
+
+class MpiTest(CommandTest):
+    def setUp(self) -> None:
+        super().setUp()
+        if shutil.which("mpirun") is None or "MPI: no" in self.zigzag("doctor").out:
+            self.skipTest("no mpirun, or built without MPI")
+
+    def mpirun(self, ranks: int, *arguments: object) -> subprocess.CompletedProcess:
+        options = ["--oversubscribe"] if ranks > 1 else []
+        if hasattr(os, "geteuid") and os.geteuid() == 0:
+            options.append("--allow-run-as-root")
+        return subprocess.run(
+            ["mpirun", *options, "-n", str(ranks), support.COMMAND, *map(str, arguments)],
+            cwd=self.folder, env=support.clean_environment({"ZIGZAG_NUM_THREADS": "1"}),
+            capture_output=True, timeout=200, check=False,
+        )
+
+    def test_processes_give_the_bits_of_threads(self):
+        for ranks in (1, 2, 4):
+            arguments = ("run", "--lengths", "300,0,41,7", "--output")
+            finished = self.mpirun(ranks, *arguments, "mpi.safetensors", "--comm", "mpi",
+                                   "--check", "--json")
+            self.assertEqual(finished.returncode, 0, finished.stderr.decode())
+            self.passes(*arguments, "threads.safetensors", "--ranks", ranks)
+            self.assertEqual((self.folder / "mpi.safetensors").read_bytes(),
+                             (self.folder / "threads.safetensors").read_bytes())
+
+    def test_bad_input_is_said_once(self):
+        finished = self.mpirun(3, "run", "--lengths", "5,x", "--comm", "mpi")
+        self.assertEqual(finished.returncode, 2)
+        self.assertEqual(finished.stderr.decode().count("zigzag: "), 1)
+
+
+if __name__ == "__main__":
+    sys.modules.setdefault("support", support)
+    support.main()
