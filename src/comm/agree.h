@@ -27,13 +27,13 @@ struct Agreement {
   std::int64_t heads = 0;
   std::int64_t kv_heads = 0;
   std::int64_t head_dim = 0;
-  Mask mask;
+  Mask mask = {};
   double scale = 0;
   double softcap = 0;
   std::int64_t kv_heads_per_stage = 0;  // as resolved, never 0
   Kernels kernels = Kernels::kFused;
   bool deterministic = false;
-  std::string error;  // why this rank's arguments are invalid; empty when they are valid
+  std::string error = {};  // why this rank's arguments are invalid; empty when they are valid
 };
 
 /// Fills the fields that a plan gives.

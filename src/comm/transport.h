@@ -30,7 +30,7 @@ struct ExchangeTable {
 /// The table of one rank, which only asks the plan. O(documents x W).
 ExchangeTable make_exchange_table(const Plan& plan, std::int64_t rank, const Mask& mask);
 
-/// Where an exchange stands, for messages: "gather of K/V, stage 2 of 4".
+/// Where an exchange stands, for messages: "gather of K and V, stage 2 of 4".
 struct Step {
   std::string_view name;
   int stage = 0;

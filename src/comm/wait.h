@@ -10,7 +10,7 @@
 
 namespace zigzag::comm {
 
-/// "gather of K/V, stage 2 of 4"; without the stage when there is only one.
+/// "gather of K and V, stage 2 of 4"; without the stage when there is only one.
 std::string step_text(const Step& step);
 
 /// "rank 3", "ranks 3 and 5", "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 12 more".
@@ -30,7 +30,7 @@ class Deadline {
   std::chrono::steady_clock::time_point end_;
 };
 
-/// Throws Timeout: "rank 0 waited 1 s for rank 3 in gather of K/V, stage 2 of 4 (...)".
+/// Throws Timeout: "rank 0 waited 1 s for rank 3 in gather of K and V, stage 2 of 4 (...)".
 [[noreturn]] void throw_timeout(int rank, std::span<const int> missing, std::string_view step,
                                 double seconds);
 
