@@ -43,6 +43,8 @@ const ElementwiseSet* elementwise_set() {
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
+#include "cpu/bf16_kernels.h"
+
 namespace zigzag::cpu {
 namespace {
 
@@ -71,7 +73,13 @@ std::size_t table_index(Target target) {
 
 }  // namespace
 
-const KernelSet& kernels_of(Target target, DType) {
+const KernelSet& kernels_of(Target target, DType dtype) {
+  if (dtype == DType::kBFloat16) {
+    const KernelSet* set = target == Target::kAmx          ? amx_kernels()
+                           : target == Target::kAvx512Bf16 ? avx512_bf16_kernels()
+                                                           : nullptr;
+    if (set != nullptr) return *set;
+  }
   return *HWY_DISPATCH_TABLE(kernel_set)[table_index(target)]();
 }
 

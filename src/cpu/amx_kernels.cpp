@@ -1,0 +1,103 @@
+#include "cpu/bf16_kernels.h"
+
+#if defined(__x86_64__)
+#include "cpu/bf16_includes.h"
+
+#define ZIGZAG_BF16_TARGET \
+  "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16"
+#include "cpu/bf16_target_begin.h"
+
+namespace zigzag::cpu::amx {
+namespace {
+
+#include "cpu/bf16_bits-inl.h"
+
+struct TileConfig {
+  std::uint8_t palette = 1;
+  std::uint8_t start_row = 0;
+  std::uint8_t reserved[14] = {};
+  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// A constant: GCC does not see that the instruction reads more than its first byte.
+alignas(64) constexpr TileConfig kTileConfig{};
+
+/// Products of bfloat16 by AMX: tiles of 16 rows of 64 bytes. An object marks a stretch of work for
+/// which the thread's tiles are configured.
+class Engine {
+ public:
+  Engine() { _tile_loadconfig(&kTileConfig); }
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+  ~Engine() { _tile_release(); }
+
+  /// c(i, l) (+)= sum over pairs of a(i, pair) * b(pair, l), i < 32, l < 32: `steps` of 16 pairs.
+  /// a has rows of pairs, b rows of 32 lanes of pairs; strides are in bytes.
+  static void multiply(const void* a, std::int64_t a_stride, const void* b, std::int64_t b_stride,
+                       float* c, std::int64_t c_stride, std::int64_t steps, bool accumulate) {
+    // GCC's tile instructions do not say that they read and write memory.
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+    const auto* a_low = static_cast<const std::byte*>(a);
+    const std::byte* a_high = a_low + 16 * a_stride;
+    const auto* b_low = static_cast<const std::byte*>(b);
+    auto* c_low = reinterpret_cast<std::byte*>(c);
+    std::byte* c_high = c_low + 16 * c_stride;
+    if (accumulate) {
+      _tile_loadd(0, c_low, c_stride);
+      _tile_loadd(1, c_low + 64, c_stride);
+      _tile_loadd(2, c_high, c_stride);
+      _tile_loadd(3, c_high + 64, c_stride);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (std::int64_t step = 0; step < steps; ++step) {
+      _tile_loadd(4, a_low, a_stride);
+      _tile_loadd(6, b_low, b_stride);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b_low + 64, b_stride);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a_high, a_stride);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+      a_low += 64;
+      a_high += 64;
+      b_low += 16 * b_stride;
+    }
+    _tile_stored(0, c_low, c_stride);
+    _tile_stored(1, c_low + 64, c_stride);
+    _tile_stored(2, c_high, c_stride);
+    _tile_stored(3, c_high + 64, c_stride);
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+  }
+};
+
+#include "cpu/bf16_pack-inl.h"
+//
+#include "cpu/bf16_forward-inl.h"
+//
+#include "cpu/bf16_backward-inl.h"
+
+}  // namespace
+}  // namespace zigzag::cpu::amx
+
+#include "cpu/bf16_target_end.h"
+
+namespace zigzag::cpu {
+
+const KernelSet* amx_kernels() {
+  static constexpr KernelSet kSet = {amx::kBf16PanelLanes,   4 * amx::kBf16PanelLanes,
+                                     &amx::forward_scratch,  &amx::backward_scratch,
+                                     &amx::forward_group,    &amx::backward_group};
+  return &kSet;
+}
+
+}  // namespace zigzag::cpu
+#else
+namespace zigzag::cpu {
+const KernelSet* amx_kernels() { return nullptr; }
+}  // namespace zigzag::cpu
+#endif
