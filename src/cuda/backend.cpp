@@ -21,8 +21,14 @@ constexpr std::int64_t kZeroTail = std::int64_t{1} << 20;
 /// An event of the calling thread on this device; a wait binds to its latest record at once, so one
 /// serves for all orderings.
 cudaEvent_t ordering_event(int device) {
-  thread_local std::map<int, cudaEvent_t> events;
-  cudaEvent_t& event = events[device];
+  struct Events {
+    std::map<int, cudaEvent_t> made;
+    ~Events() {
+      for (const auto& entry : made) (void)cudaEventDestroy(entry.second);
+    }
+  };
+  thread_local Events events;
+  cudaEvent_t& event = events.made[device];
   if (event == nullptr) {
     check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
   }

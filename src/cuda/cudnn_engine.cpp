@@ -58,6 +58,8 @@ CudnnEngine::Presence open_cudnn() {
     presence.detail = runtime.detail;
     return presence;
   }
+  // cuDNN opens NVRTC by its name, likewise.
+  (void)open_library("ZIGZAG_NVRTC_PATH", "libnvrtc.so.13", "nvidia/cu13/lib");
   const OpenedLibrary cudnn =
       open_library("ZIGZAG_CUDNN_PATH", "libcudnn.so.9", "nvidia/cudnn/lib");
   presence.detail = cudnn.detail;

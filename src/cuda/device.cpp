@@ -216,8 +216,14 @@ void DeviceState::free(void* memory, cudaStream_t stream) noexcept {
 
 cudaStream_t DeviceState::exchange_stream(cudaStream_t compute) {
   // Per thread, so that ranks that are threads on one GPU never share one.
-  thread_local std::map<std::pair<int, cudaStream_t>, cudaStream_t> streams;
-  cudaStream_t& stream = streams[{index_, compute}];
+  struct Streams {
+    std::map<std::pair<int, cudaStream_t>, cudaStream_t> made;
+    ~Streams() {
+      for (const auto& entry : made) (void)cudaStreamDestroy(entry.second);
+    }
+  };
+  thread_local Streams streams;
+  cudaStream_t& stream = streams.made[{index_, compute}];
   if (stream == nullptr) {
     DeviceGuard guard(index_);
     int least = 0;

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Runs the GPU programs of build/gpu_carry (made by scripts/gpu_pack) on a machine with GPUs: logs
+# and JSON go to $OUT (default build/gpu_out), a short summary is printed last. A part that fails
+# does not stop the others.
+#   scripts/gpu_session.sh test|single|ranks|sanitize...
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+OUT="${OUT:-build/gpu_out}"
+mkdir -p "${OUT}"
+carry=build/gpu_carry
+export LD_LIBRARY_PATH="${PWD}/${carry}/lib:${LD_LIBRARY_PATH:-}"
+export NCCL_NVLS_ENABLE=0 PYTHONUNBUFFERED=1 ZIGZAG_TIMEOUT_S="${ZIGZAG_TIMEOUT_S:-60}"
+summary="${OUT}/summary.txt"
+: >"${summary}"
+chmod +x "${carry}"/gpu_test "${carry}"/gpu_bench "${carry}"/zigzag
+
+# part NAME SECONDS COMMAND...: its output goes to $OUT/NAME.log.
+part() {
+  local name="$1" limit="$2" start code
+  shift 2
+  start="$(date +%s)"
+  timeout --kill-after=10 "${limit}" "$@" >"${OUT}/${name}.log" 2>&1
+  code=$?
+  printf '%-14s exit %3d  %4d s\n' "${name}" "${code}" "$(($(date +%s) - start))" | tee -a "${summary}"
+}
+
+nvidia-smi -L | tee -a "${summary}"
+for what in "$@"; do
+  case "${what}" in
+    test)
+      part doctor 60 "${carry}/zigzag" doctor
+      part gpu_test 280 "${carry}/gpu_test" --gtest_output="json:${OUT}/gpu_test.json" ${GPU_TEST_FILTER:+"--gtest_filter=${GPU_TEST_FILTER}"}
+      ;;
+    run)
+      # The command, end to end, checked against the float64 reference and one rank.
+      part run_peer 60 "${carry}/zigzag" run --device cuda --comm peer --ranks 4 --lengths 500,1,300,129 --heads 8 --kv-heads 2 --head-dim 64 --dtype bfloat16 --backward --check --json
+      part run_float 60 "${carry}/zigzag" run --device cuda --ranks 2 --lengths 500,1,300,129 --heads 8 --kv-heads 2 --head-dim 64 --backward --check --json
+      ;;
+    single)
+      part cudnn_direct 90 python3 benchmarks/gpu/cudnn_direct.py "${OUT}/cudnn_direct.json"
+      part bench_single 150 "${carry}/gpu_bench" --json "${OUT}/bench_single.json" copy layout attention float32
+      ;;
+    ranks)
+      part bench_peer 120 "${carry}/gpu_bench" --json "${OUT}/bench_peer.json" peer
+      part bench_nccl 120 "${carry}/gpu_bench" --json "${OUT}/bench_nccl.json" nccl
+      ;;
+    sanitize)
+      part memcheck 200 compute-sanitizer --tool memcheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter='GpuLayout.Empty:GpuAttention.OneRankHeadGroups:GpuAttention.Stages'
+      part racecheck 150 compute-sanitizer --tool racecheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter='GpuAttention.OneRankMasks'
+      ;;
+    *) echo "gpu_session.sh: no part '${what}'" >&2 ;;
+  esac
+done
+
+echo "=== failures and figures"
+for log in "${OUT}"/*.log; do
+  echo "--- ${log##*/}"
+  case "${log##*/}" in
+    gpu_test.log) grep -E '^\[  (FAILED|PASSED)|W [0-9]+|cuDNN|Failure|is .* allowed|unknown file|C\+\+ exception' "${log}" | head -90 ;;
+    *) tail -n 45 "${log}" ;;
+  esac
+done
+cat "${summary}"
