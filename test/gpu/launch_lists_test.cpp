@@ -1,0 +1,129 @@
+// The launches that stand for a rank's attention cover exactly what the mask shows: checked by
+// counting (query, key) pairs, without a GPU.
+#include "cuda/launch_lists.h"
+
+#include <algorithm>
+#include <map>
+#include <random>
+#include <utility>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+namespace zigzag::gpu_test {
+namespace {
+
+using std::int64_t;
+using Pairs = std::map<std::pair<int64_t, int64_t>, int>;
+
+void count(Pairs& pairs, const cuda::Launch& launch) {
+  for (const cuda::LaunchItem& item : launch.items) {
+    for (int64_t i = 0; i < item.q_count; ++i) {
+      int64_t end = item.k_count;
+      if (launch.mask == cuda::CudnnMask::kTopLeft) end = std::min(end, i + 1);
+      if (launch.mask == cuda::CudnnMask::kBottomRight) end = item.k_count - item.q_count + i + 1;
+      for (int64_t j = 0; j < end; ++j) ++pairs[{item.q_begin + i, item.k_begin + j}];
+    }
+  }
+}
+
+/// Which (source row) every destination row of a sum takes, as pairs of destination and source.
+std::map<int64_t, std::vector<std::pair<int64_t, int64_t>>> expand(const cuda::SumTable& table) {
+  std::map<int64_t, std::vector<std::pair<int64_t, int64_t>>> rows;
+  for (int64_t i = 0; i < table.intervals(); ++i) {
+    const auto at = static_cast<std::size_t>(i);
+    for (int64_t row = table.begins[at]; row < table.begins[at + 1]; ++row) {
+      for (int64_t s = 0; s < table.sources; ++s) {
+        const int64_t first =
+            table.rows[at * static_cast<std::size_t>(table.sources) + static_cast<std::size_t>(s)];
+        if (first >= 0) rows[row].push_back({s, first + row - table.begins[at]});
+      }
+    }
+  }
+  return rows;
+}
+
+void check_pack(const std::vector<int64_t>& lengths, int64_t world_size, const Mask& mask) {
+  const Plan plan = Plan::from_lengths(lengths, world_size);
+  for (int64_t rank = 0; rank < world_size; ++rank) {
+    SCOPED_TRACE("W " + std::to_string(world_size) + " rank " + std::to_string(rank));
+    const std::vector<WorkItem> items = plan.work_items(rank, mask);
+    AttendArgs args;
+    args.plan = &plan;
+    args.rank = rank;
+    args.items = items;
+    args.mask = mask;
+    args.q = TensorView::contiguous(nullptr, DType::kBFloat16, {plan.local_tokens(rank), 1, 16});
+    const int64_t gathered = plan.gathered_tokens(rank, mask);
+
+    Pairs want;
+    for (const WorkItem& item : items) {
+      for (int64_t i = 0; i < item.q_count; ++i) {
+        for (int64_t j = 0; j < item.k_count; ++j) {
+          if (item.k_position + j < mask.end_key(item.q_position + i, item.document_length)) {
+            ++want[{item.q_begin + i, item.k_begin + j}];
+          }
+        }
+      }
+    }
+    Pairs forward;
+    for (const cuda::Launch& launch : cuda::forward_launches(args)->launches) {
+      count(forward, launch);
+    }
+    EXPECT_TRUE(forward == want) << "forward";
+
+    const auto lists = cuda::backward_launches(args, gathered);
+    Pairs backward;
+    std::map<int64_t, std::vector<std::pair<int64_t, int64_t>>> dq;
+    std::map<int64_t, std::vector<std::pair<int64_t, int64_t>>> dk;
+    const auto rows_of = [&](const cuda::Launch& launch, bool rectangle) {
+      count(backward, launch);
+      for (const cuda::LaunchItem& item : launch.items) {
+        EXPECT_GT(item.q_count, 0);
+        EXPECT_GT(item.k_count, 0);
+        for (int64_t i = 0; i < item.q_count; ++i) {
+          dq[item.q_begin + i].push_back({rectangle, item.dq_begin + i});
+        }
+        for (int64_t j = 0; j < item.k_count; ++j) {
+          dk[item.k_begin + j].push_back({rectangle, item.dk_begin + j});
+        }
+      }
+    };
+    for (const cuda::Launch& launch : lists->diagonals) rows_of(launch, false);
+    for (const cuda::Launch& launch : lists->rectangles) rows_of(launch, true);
+    EXPECT_TRUE(backward == want) << "backward";
+    // The sums take exactly the rows that the launches wrote, once each.
+    const auto same = [](auto got, auto wrote) {
+      for (auto& entry : got) {
+        for (auto& part : entry.second) part.first = part.first > 0;
+        std::sort(entry.second.begin(), entry.second.end());
+      }
+      for (auto& entry : wrote) std::sort(entry.second.begin(), entry.second.end());
+      return got == wrote;
+    };
+    EXPECT_TRUE(same(expand(lists->dq), dq)) << "dq";
+    EXPECT_TRUE(same(expand(lists->dkv), dk)) << "dk";
+  }
+}
+
+TEST(LaunchLists, CoverTheMaskOnce) {
+  std::mt19937_64 engine(7);
+  for (int trial = 0; trial < 60; ++trial) {
+    std::vector<int64_t> lengths(engine() % 5);
+    for (int64_t& length : lengths) length = static_cast<int64_t>(engine() % 40);
+    for (const int64_t world_size : {1, 2, 3, 4, 5}) {
+      check_pack(lengths, world_size, Mask{});
+      check_pack(lengths, world_size, Mask{false, -1, -1});
+    }
+  }
+}
+
+TEST(LaunchLists, ManyShortDocumentsAndALongOne) {
+  std::vector<int64_t> lengths(40, 3);
+  lengths[5] = 300;
+  check_pack(lengths, 4, Mask{});
+  check_pack(lengths, 1, Mask{});
+}
+
+}  // namespace
+}  // namespace zigzag::gpu_test
