@@ -20,6 +20,9 @@ using std::int64_t;
 /// Query rows whose probabilities the backward keeps at a time, so that memory is linear in tokens.
 constexpr int64_t kBackwardRows = 64;
 
+/// Query rows of one forward task, which share its scratch.
+constexpr int64_t kRowsAtATime = 32;
+
 constexpr double kEmptyLse = -std::numeric_limits<double>::infinity();
 
 double load(const TensorView& x, int64_t offset) {
@@ -158,12 +161,14 @@ void forward(const TensorView& q, const TensorView& k, const TensorView& v,
     const int64_t length = cu_seqlens[d + 1] - begin;
     for (int64_t h = 0; h < q.shape[1] && length > 0; ++h) {
       const Head head = load_document(q, k, v, begin, length, h);
-      cpu::parallel_for(length, [&](int64_t i) {
+      cpu::parallel_ranges(length, kRowsAtATime, [&](int64_t first, int64_t last) {
         std::vector<double> row(static_cast<std::size_t>(head.dim));
         std::vector<double> scratch(static_cast<std::size_t>(2 * length));
-        lse.as<double>()[(begin + i) * lse.strides[0] + h * lse.strides[1]] =
-            attend_row(head, problem, i, row.data(), scratch.data(), scratch.data() + length);
-        store_row(out, begin + i, h, row.data());
+        for (int64_t i = first; i < last; ++i) {
+          lse.as<double>()[(begin + i) * lse.strides[0] + h * lse.strides[1]] =
+              attend_row(head, problem, i, row.data(), scratch.data(), scratch.data() + length);
+          store_row(out, begin + i, h, row.data());
+        }
       });
     }
   }
