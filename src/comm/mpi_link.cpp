@@ -80,8 +80,11 @@ MpiLink::MpiLink(MPI_Comm communicator, double timeout)
   batch.requests.push_back(MPI_REQUEST_NULL);
   batch.peers.push_back(-1);
   constexpr std::string_view kStep = "the duplication of the MPI communicator";
-  check(MPI_Comm_idup(communicator, &comm_, &batch.requests[0]), "MPI_Comm_idup", -1, kStep);
+  // Not in comm_ yet: what is not complete may not be looked at.
+  MPI_Comm duplicate = MPI_COMM_NULL;
+  check(MPI_Comm_idup(communicator, &duplicate, &batch.requests[0]), "MPI_Comm_idup", -1, kStep);
   wait(batch, kStep);
+  comm_ = duplicate;
   check(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler", -1, kStep);
 
   constexpr std::string_view kMeet = "the first meeting of the group";
@@ -188,7 +191,8 @@ void MpiLink::look_around(MpiBatch& batch, std::string_view step, Pause& pause) 
   receive_abort(batch, step);
   std::vector<int> missing;
   for (std::size_t i = 0; i < batch.requests.size(); ++i) {
-    if (batch.requests[i] != MPI_REQUEST_NULL) missing.push_back(batch.peers[i]);
+    if (batch.requests[i] == MPI_REQUEST_NULL) continue;
+    if (batch.peers[i] >= 0) missing.push_back(batch.peers[i]);
   }
   std::sort(missing.begin(), missing.end());
   missing.erase(std::unique(missing.begin(), missing.end()), missing.end());
@@ -253,7 +257,8 @@ void MpiLink::release(MpiBatch& batch) noexcept {
 }
 
 void MpiLink::give_up(MpiBatch& batch, const std::string& sentence) noexcept {
-  release(batch);
+  // The duplication of a communicator cannot be cancelled.
+  if (comm_ != MPI_COMM_NULL) release(batch);
   abort(sentence);
 }
 

@@ -15,7 +15,7 @@ std::string step_text(const Step& step) {
 
 std::string ranks_text(std::span<const int> ranks) {
   constexpr std::size_t kShown = 8;
-  if (ranks.empty()) return "no rank";
+  if (ranks.empty()) return "the other ranks";
   std::string text = ranks.size() == 1 ? "rank " : "ranks ";
   const std::size_t shown = std::min(ranks.size(), kShown);
   for (std::size_t i = 0; i < shown; ++i) {
