@@ -1,2 +1,75 @@
+#include <memory>
+#include <vector>
+
+#include "bench_common.h"
 #include "command.h"
-namespace zigzag::cli { void add_bench(CLI::App&, Action&) {} }
+#include "zigzag/error.h"
+
+namespace zigzag::cli {
+namespace {
+
+void add_benchmark(CLI::App& bench, Action& action, const std::string& name,
+                   const std::string& description, const BenchOptions& defaults,
+                   int (*run)(const BenchOptions&), const std::string& footer) {
+  CLI::App* command = bench.add_subcommand(name, description);
+  auto options = std::make_shared<BenchOptions>(defaults);
+  Flags flags(*command);
+  options->declare(flags);
+  command->footer(footer);
+  command->callback(
+      [options, run, &action] { action = [options, run] { return run(*options); }; });
+}
+
+}  // namespace
+
+void add_bench(CLI::App& app, Action& action) {
+  CLI::App* bench = app.add_subcommand("bench", "Timings, verified: layout, attention, plan");
+  bench->require_subcommand(0, 1);
+  bench->footer(
+      "Each benchmark takes the same options; docs/cli.md defines its columns. #wrong counts\n"
+      "elements that differ from what they are compared with by more than allowed: 0 is right.\n\n"
+      "Examples:\n"
+      "  zigzag bench layout\n"
+      "  zigzag bench attention --lengths 4096 --head-dim 128 --ranks 4 --json\n"
+      "  zigzag bench plan --ranks 1024");
+  BenchOptions layout;
+  layout.shape.kv_heads = 8;
+  layout.shape.head_dim = 128;
+  layout.shape.dtype = "bfloat16";
+  layout.group.ranks = 8;
+  add_benchmark(*bench, action, "layout",
+                "shard, unshard, extract and scatter against memcpy and their plain twins", layout,
+                bench_layout,
+                "Tensors are [tokens, kv_heads, head_dim].\n\n"
+                "Examples:\n"
+                "  zigzag bench layout\n"
+                "  zigzag bench layout --lengths 512,1024,768 --kv-heads 4 --ranks 4 --threads 1");
+  BenchOptions attention;
+  attention.group.ranks = 4;
+  attention.shape.head_dim = 128;
+  attention.repeat = 5;
+  add_benchmark(*bench, action, "attention",
+                "Forward and backward over the ranks, against one rank and the FMA peak", attention,
+                bench_attention,
+                "Examples:\n"
+                "  zigzag bench attention --lengths 4096 --ranks 4\n"
+                "  zigzag bench attention --lengths 2048 --head-dim 64 --dtype bfloat16 --repeat 9");
+  BenchOptions plan;
+  plan.group.ranks = 1024;
+  plan.repeat = 3;
+  add_benchmark(*bench, action, "plan", "Time and memory of planning a huge pack", plan, bench_plan,
+                "Without a source of documents: a million drawn from the seed.\n\n"
+                "Examples:\n"
+                "  zigzag bench plan\n"
+                "  zigzag bench plan --lengths 1000000000000 --ranks 8192 --json");
+  bench->callback([bench, &action] {
+    if (bench->get_subcommands().empty()) {
+      action = []() -> int {
+        throw InvalidArgument(
+            "a benchmark is missing; layout, attention and plan are there (zigzag bench --help)");
+      };
+    }
+  });
+}
+
+}  // namespace zigzag::cli

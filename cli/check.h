@@ -13,7 +13,8 @@ struct Difference {
   double max = 0;          // largest |difference|
   double mean = 0;         // mean |difference|
   double relative_l2 = 0;  // norm of the differences / norm of the reference
-  double max_bound = 0;    // what max may be at most; 0: no bound
+  double max_bounded = 0;  // the same without rows that vanish by cancellation
+  double max_bound = 0;    // what max_bounded may be at most; 0: no bound
   std::int64_t misplaced = 0;  // elements where one is inf or NaN and the other is not the same
   std::int64_t uncancelled = 0;  // rows that should vanish by cancellation but do not
 };

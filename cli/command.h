@@ -20,6 +20,9 @@ void add_run(CLI::App& app, Action& action);
 void add_bench(CLI::App& app, Action& action);
 void add_doctor(CLI::App& app, Action& action);
 
+/// False in processes of an MPI job other than rank 0, which say nothing.
+bool speaks();
+
 /// Writes one line to stderr, unless this is a process of an MPI job other than rank 0.
 void say(const std::string& line);
 

@@ -68,7 +68,7 @@ void GroupOptions::declare(Flags& flags) {
 }
 
 Group::Group(const GroupOptions& options) : device_(options.device), comm_(options.comm) {
-  const std::int64_t launched = launched_processes();
+  const std::int64_t launched = options.alone ? 1 : launched_processes();
   const bool gpu = device_ == "cuda";
   if (gpu && (comm_ == "threads" || comm_ == "mpi")) {
     throw InvalidArgument(fmt::format(

@@ -17,6 +17,8 @@ struct GroupOptions {
   std::int64_t ranks = 0;
   std::string device = "cpu";
   std::string comm;  // empty: chosen by device
+  /// Threads of this process even when a launcher started several.
+  bool alone = false;
 
   /// Declares --ranks, --device and --comm.
   void declare(Flags& flags);

@@ -28,15 +28,6 @@ void install_handlers() {
   }
 }
 
-// Every process of an MPI job reads the same flags and finds the same mistakes: one of them speaks.
-bool speaks() {
-  for (const char* name : {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"}) {
-    const char* rank = std::getenv(name);
-    if (rank != nullptr) return std::string_view(rank) == "0";
-  }
-  return true;
-}
-
 // One sentence for a mistake in the flags that the parser found.
 std::string parse_sentence(const CLI::App& app, const CLI::ParseError& error) {
   std::string name = "zigzag";
@@ -58,7 +49,7 @@ std::string parse_sentence(const CLI::App& app, const CLI::ParseError& error) {
 int command_line(int argc, char** argv) {
   CLI::App app("Exact attention over packed documents sharded over ranks.", "zigzag");
   app.set_version_flag("--version", fmt::format("zigzag {}", version()));
-  app.require_subcommand(1);
+  app.require_subcommand(0, 1);
   app.footer("zigzag <subcommand> --help explains each with examples.");
   Action action;
   add_plan(app, action);
@@ -72,6 +63,10 @@ int command_line(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     throw InvalidArgument(parse_sentence(app, error));
   }
+  if (!action) {
+    throw InvalidArgument(
+        "a subcommand is missing; plan, run, bench and doctor are there (zigzag --help)");
+  }
   const int code = action();
   if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
     throw EnvironmentError("standard output cannot be written");
@@ -80,6 +75,15 @@ int command_line(int argc, char** argv) {
 }
 
 }  // namespace
+
+// Every process of an MPI job reads the same flags and finds the same mistakes: one of them speaks.
+bool speaks() {
+  for (const char* name : {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"}) {
+    const char* rank = std::getenv(name);
+    if (rank != nullptr) return std::string_view(rank) == "0";
+  }
+  return true;
+}
 
 void say(const std::string& line) {
   if (speaks()) fmt::print(stderr, "{}\n", line);

@@ -80,7 +80,7 @@ void print_check(const CheckReport& check, bool backward) {
                tensor.run.max, tensor.run.mean, tensor.run.relative_l2, tensor.l2_bound,
                tensor.equal ? "same bits" : fmt::format("{:.3e}", tensor.one_rank_max),
                tensor.passed ? "ok" : "EXCEEDED");
-    if (tensor.run.max_bound > 0 && !(tensor.run.max <= tensor.run.max_bound)) {
+    if (tensor.run.max_bound > 0 && !(tensor.run.max_bounded <= tensor.run.max_bound)) {
       fmt::print("       the largest difference of {} exceeds {:.3e}\n", kResultNames[i],
                  tensor.run.max_bound);
     }
