@@ -95,9 +95,16 @@ const KernelSet* amx_kernels() {
   return &kSet;
 }
 
+const ElementwiseSet* amx_elementwise() {
+  static constexpr ElementwiseSet kSet = {amx::kExp2Error, amx::kTanhError, &amx::exp2_array,
+                                          &amx::tanh_array};
+  return &kSet;
+}
+
 }  // namespace zigzag::cpu
 #else
 namespace zigzag::cpu {
 const KernelSet* amx_kernels() { return nullptr; }
+const ElementwiseSet* amx_elementwise() { return nullptr; }
 }  // namespace zigzag::cpu
 #endif

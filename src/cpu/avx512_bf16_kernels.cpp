@@ -81,9 +81,16 @@ const KernelSet* avx512_bf16_kernels() {
   return &kSet;
 }
 
+const ElementwiseSet* avx512_bf16_elementwise() {
+  static constexpr ElementwiseSet kSet = {avx512_bf16::kExp2Error, avx512_bf16::kTanhError, &avx512_bf16::exp2_array,
+                                          &avx512_bf16::tanh_array};
+  return &kSet;
+}
+
 }  // namespace zigzag::cpu
 #else
 namespace zigzag::cpu {
 const KernelSet* avx512_bf16_kernels() { return nullptr; }
+const ElementwiseSet* avx512_bf16_elementwise() { return nullptr; }
 }  // namespace zigzag::cpu
 #endif

@@ -9,4 +9,8 @@ namespace zigzag::cpu {
 const KernelSet* avx512_bf16_kernels();
 const KernelSet* amx_kernels();
 
+/// Their elementwise functions, likewise.
+const ElementwiseSet* avx512_bf16_elementwise();
+const ElementwiseSet* amx_elementwise();
+
 }  // namespace zigzag::cpu

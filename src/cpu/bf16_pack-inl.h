@@ -11,7 +11,10 @@ inline std::int64_t pad(std::int64_t count) { return (count + kUnit - 1) / kUnit
 
 inline int next_width(std::int64_t lanes) { return lanes > kUnit ? kBf16PanelLanes : kUnit; }
 
-/// 2^x with a relative error below 5e-6, far below bfloat16's rounding; 0 below -125.5; NaN stays.
+inline constexpr double kExp2Error = 4e-6;
+inline constexpr double kTanhError = 1e-5;
+
+/// 2^x with a relative error below kExp2Error, far below bfloat16's rounding; 0 below -125.5; NaN stays.
 /// The polynomial is the minimax of degree 4 on [-0.5, 0.5]; exp-inl.h explains the rest.
 inline __m512 exp2_bf16(__m512 x) {
   const __m512 magic = _mm512_set1_ps(12582912.0f + 127.0f);
@@ -44,6 +47,14 @@ inline __m512 tanh_bf16(__m512 x) {
   const __mmask16 is_small = _mm512_cmp_ps_mask(size, _mm512_set1_ps(0.625f), _CMP_LT_OQ);
   const __m512 result = _mm512_mask_blend_ps(is_small, large, small);
   return _mm512_or_ps(result, _mm512_and_ps(x, _mm512_set1_ps(-0.0f)));
+}
+
+inline void exp2_array(const float* x, float* y, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) y[i] = _mm512_cvtss_f32(exp2_bf16(_mm512_set1_ps(x[i])));
+}
+
+inline void tanh_array(const float* x, float* y, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) y[i] = _mm512_cvtss_f32(tanh_bf16(_mm512_set1_ps(x[i])));
 }
 
 /// Sixteen vectors of 16 words become their columns.

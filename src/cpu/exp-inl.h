@@ -12,7 +12,10 @@ HWY_BEFORE_NAMESPACE();
 namespace zigzag::cpu::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-/// 2^x for x <= 127 with a relative error below 1.5e-7 (2 units of the last place); 0 below -125.5,
+inline constexpr double kExp2Error = 1.5e-7;
+inline constexpr double kTanhError = 4e-7;
+
+/// 2^x for x <= 127 with a relative error below kExp2Error; 0 below -125.5,
 /// so no result is subnormal; NaN gives NaN, -inf gives 0.
 ///
 /// 2^x = 2^n 2^f with n the whole number nearest to x. The polynomial is the minimax of 2^f on
@@ -35,7 +38,7 @@ HWY_INLINE V exp2(D d, V x) {
   return hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, -125.5f)), hn::Mul(p, power));
 }
 
-/// The hyperbolic tangent with a relative error below 4e-7; NaN gives NaN.
+/// The hyperbolic tangent with a relative error below kTanhError; NaN gives NaN.
 ///
 /// (1 - e) / (1 + e) with e = exp(-2|x|), which loses digits near 0: there x + x^3 P(x^2), P the
 /// minimax on |x| <= 0.625.

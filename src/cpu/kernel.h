@@ -29,7 +29,7 @@ struct Problem {
 };
 
 /// The key positions [first, end) of a document that a query sees of an item.
-struct KeyRange {
+struct VisibleKeys {
   std::int64_t first = 0;
   std::int64_t end = 0;
 };
@@ -42,14 +42,14 @@ struct RowGroup {
   std::int64_t kv_head = 0;
   std::int64_t lane_begin = 0;
   std::int64_t lane_end = 0;
-  KeyRange keys;           // that any of the lanes sees
+  VisibleKeys keys;           // that any of the lanes sees
   double cost = 0;         // visible pairs
   std::int64_t unit = 0;   // backward: which gradients of a document and KV head it adds to
   std::int64_t previous = -1;  // backward: the task of the unit that adds before this one
 };
 
 /// The keys that one lane of an item sees; first == end when none.
-KeyRange visible_keys(const Problem& problem, const WorkItem& item, std::int64_t lane);
+VisibleKeys visible_keys(const Problem& problem, const WorkItem& item, std::int64_t lane);
 
 /// The rows of a call cut into tasks of about `lanes` lanes, heaviest first (ties in item order).
 std::vector<RowGroup> row_groups(const Problem& problem, std::int64_t lanes);
@@ -99,8 +99,10 @@ struct KernelSet {
   void (*backward)(const Problem& problem, const BackwardTask& task, std::byte* scratch);
 };
 
-/// Vectorised functions of a target, for tests: y[i] = f(x[i]).
+/// Vectorised functions of a target, for tests: y[i] = f(x[i]), and their relative errors.
 struct ElementwiseSet {
+  double exp2_error;
+  double tanh_error;
   void (*exp2)(const float* x, float* y, std::int64_t count);
   void (*tanh)(const float* x, float* y, std::int64_t count);
 };
@@ -108,7 +110,7 @@ struct ElementwiseSet {
 /// The kernels that `target` runs tensors of `dtype` with.
 const KernelSet& kernels_of(Target target, DType dtype);
 
-/// The elementwise functions of a target.
+/// The elementwise functions of a target: those of its bfloat16 kernels where it has its own.
 const ElementwiseSet& elementwise_of(Target target);
 
 }  // namespace zigzag::cpu

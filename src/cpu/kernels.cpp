@@ -35,7 +35,7 @@ const KernelSet* kernel_set() {
 }
 
 const ElementwiseSet* elementwise_set() {
-  static constexpr ElementwiseSet kSet = {&exp2_array, &tanh_array};
+  static constexpr ElementwiseSet kSet = {kExp2Error, kTanhError, &exp2_array, &tanh_array};
   return &kSet;
 }
 
@@ -84,6 +84,10 @@ const KernelSet& kernels_of(Target target, DType dtype) {
 }
 
 const ElementwiseSet& elementwise_of(Target target) {
+  const ElementwiseSet* set = target == Target::kAmx          ? amx_elementwise()
+                              : target == Target::kAvx512Bf16 ? avx512_bf16_elementwise()
+                                                              : nullptr;
+  if (set != nullptr) return *set;
   return *HWY_DISPATCH_TABLE(elementwise_set)[table_index(target)]();
 }
 

@@ -34,8 +34,8 @@ struct Panel {
   int lanes = 0;
   int width = 0;
   std::int64_t offset = 0;  // widths of the group's panels before it
-  KeyRange first;           // what its first and its last lane see
-  KeyRange last;
+  VisibleKeys first;           // what its first and its last lane see
+  VisibleKeys last;
 };
 
 /// Calls use(panel) for the panels of a group in lane order. next_width(lanes) is the width of the
@@ -74,7 +74,7 @@ inline std::int64_t in_block(std::int64_t key, std::int64_t block) {
   return std::clamp<std::int64_t>(key - block * kBlockKeys, 0, kBlockKeys);
 }
 
-inline BlockRange block_range(KeyRange first, KeyRange last, std::int64_t block, int tile_keys) {
+inline BlockRange block_range(VisibleKeys first, VisibleKeys last, std::int64_t block, int tile_keys) {
   BlockRange range;
   range.begin = static_cast<int>(in_block(first.first, block)) / tile_keys * tile_keys;
   range.end = (static_cast<int>(in_block(last.end, block)) + tile_keys - 1) / tile_keys * tile_keys;
@@ -92,7 +92,7 @@ struct LaneMask {
 
   void set(const Problem& problem, const RowGroup& group, const Panel& panel, std::int64_t block) {
     for (int l = 0; l < panel.width; ++l) {
-      KeyRange keys;
+      VisibleKeys keys;
       if (l < panel.lanes) keys = visible_keys(problem, *group.item, panel.lane_begin + l);
       first[l] = static_cast<float>(in_block(keys.first, block));
       end[l] = static_cast<float>(in_block(keys.end, block));

@@ -11,8 +11,8 @@ namespace {
 // all that an order of tasks needs.
 double visible_pairs(const Problem& problem, const WorkItem& item, std::int64_t begin,
                      std::int64_t end) {
-  const KeyRange first = visible_keys(problem, item, begin);
-  const KeyRange last = visible_keys(problem, item, end - 1);
+  const VisibleKeys first = visible_keys(problem, item, begin);
+  const VisibleKeys last = visible_keys(problem, item, end - 1);
   const auto keys = static_cast<double>(first.end - first.first + last.end - last.first);
   return keys / 2 * static_cast<double>(end - begin);
 }
@@ -25,11 +25,11 @@ void relax() {
 
 }  // namespace
 
-KeyRange visible_keys(const Problem& problem, const WorkItem& item, std::int64_t lane) {
+VisibleKeys visible_keys(const Problem& problem, const WorkItem& item, std::int64_t lane) {
   const Mask& mask = problem.args->mask;
   const std::int64_t position = item.q_position + lane / problem.group;
   const std::int64_t end_of_keys = item.k_position + item.k_count;
-  KeyRange keys{std::max(mask.first_key(position), item.k_position),
+  VisibleKeys keys{std::max(mask.first_key(position), item.k_position),
                 std::min(mask.end_key(position, item.document_length), end_of_keys)};
   // An empty range stays inside the item's keys, so that ranges of neighbours still grow.
   keys.first = std::min(keys.first, end_of_keys);
@@ -71,7 +71,7 @@ void Turns::wait(std::int64_t task, std::int64_t block) const {
   // A task that touches the block has itself waited for those before it.
   std::int64_t earlier = groups_[task].previous;
   for (; earlier >= 0; earlier = groups_[earlier].previous) {
-    const KeyRange& keys = groups_[earlier].keys;
+    const VisibleKeys& keys = groups_[earlier].keys;
     const bool touches = keys.first < (block + 1) * kBlockKeys && keys.end > block * kBlockKeys;
     if (touches) break;
   }

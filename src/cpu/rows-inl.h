@@ -28,8 +28,15 @@ inline std::int64_t padded_columns(std::int64_t head_dim) {
 
 HWY_INLINE FloatVec load_floats(const float* from) { return hn::LoadU(Floats(), from); }
 HWY_INLINE FloatVec load_floats(const hwy::float16_t* from) {
+#if HWY_TARGET == HWY_EMU128 || HWY_TARGET == HWY_SCALAR
+  // Highway 1.0.3 emulates the conversion without inf and NaN.
+  alignas(64) float values[kVectorLanes];
+  for (int i = 0; i < kVectorLanes; ++i) values[i] = from_float16(from[i].bits);
+  return hn::Load(Floats(), values);
+#else
   const hn::Rebind<hwy::float16_t, Floats> half;
   return hn::PromoteTo(Floats(), hn::LoadU(half, from));
+#endif
 }
 HWY_INLINE FloatVec load_floats(const hwy::bfloat16_t* from) {
   const hn::Rebind<hwy::bfloat16_t, Floats> half;

@@ -14,24 +14,24 @@
 namespace zigzag::cpu {
 namespace {
 
-struct SharedArena {
-  explicit SharedArena(int slots)
-      : control(tbb::global_control::max_allowed_parallelism,
-                static_cast<std::size_t>(std::max(slots, available_cores()))),
-        arena(slots) {}
-  tbb::global_control control;
-  tbb::task_arena arena;
-};
-
 // One arena for each number of slots that was ever asked for: one, but for tests that change
 // ZIGZAG_NUM_THREADS. Never destroyed: rank threads may outlive static objects.
 tbb::task_arena& shared_arena(int slots) {
   static std::mutex& mutex = *new std::mutex;
-  static auto& arenas = *new std::map<int, std::unique_ptr<SharedArena>>;
+  static auto& arenas = *new std::map<int, std::unique_ptr<tbb::task_arena>>;
+  static int most_slots = available_cores();
+  static tbb::global_control* control = nullptr;
   const std::lock_guard<std::mutex> lock(mutex);
-  std::unique_ptr<SharedArena>& entry = arenas[slots];
-  if (!entry) entry = std::make_unique<SharedArena>(slots);
-  return entry->arena;
+  if (slots > most_slots) {
+    // More threads than cores need oneTBB's leave; of several leaves the smallest counts.
+    most_slots = slots;
+    delete control;
+    control = new tbb::global_control(tbb::global_control::max_allowed_parallelism,
+                                      static_cast<std::size_t>(slots));
+  }
+  std::unique_ptr<tbb::task_arena>& entry = arenas[slots];
+  if (!entry) entry = std::make_unique<tbb::task_arena>(slots);
+  return *entry;
 }
 
 }  // namespace
