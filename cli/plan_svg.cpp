@@ -26,11 +26,11 @@ constexpr double kSmallest = 60;
 constexpr double kLargest = 430;
 
 // Colours of up to eight ranks, told apart by hue and lightness; more ranks share the hue circle.
-std::string colour(std::int64_t rank, std::int64_t ranks) {
+std::string colour(std::int64_t rank, std::int64_t colours) {
   constexpr std::array<std::string_view, 8> kPalette{"#2f6db3", "#e08214", "#3f9b57", "#c43d4b",
                                                      "#7d5fb2", "#8a6a52", "#d574ae", "#25a3a8"};
-  if (ranks <= 8) return std::string(kPalette[static_cast<std::size_t>(rank)]);
-  const double hue = 360.0 * static_cast<double>(rank) / static_cast<double>(ranks);
+  if (colours <= 8) return std::string(kPalette[static_cast<std::size_t>(rank)]);
+  const double hue = 360.0 * static_cast<double>(rank) / static_cast<double>(colours);
   const double h = hue / 60;
   const double light = rank % 2 == 0 ? 0.50 : 0.38;
   const double chroma = (1 - std::abs(2 * light - 1)) * 0.62;

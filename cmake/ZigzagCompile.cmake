@@ -47,13 +47,8 @@ endfunction()
 
 # zigzag_sources(FILE...): adds sources of this folder to the library.
 function(zigzag_sources)
-  foreach(file IN LISTS ARGN)
-    if(EXISTS "${CMAKE_CURRENT_SOURCE_DIR}/${file}")
-      target_sources(zigzag PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/${file}")
-    else()
-      message(STATUS "zigzag: ${CMAKE_CURRENT_SOURCE_DIR}/${file} is not written yet")
-    endif()
-  endforeach()
+  list(TRANSFORM ARGN PREPEND "${CMAKE_CURRENT_SOURCE_DIR}/")
+  target_sources(zigzag PRIVATE ${ARGN})
 endfunction()
 
 # zigzag_executable(NAME SOURCE...): a program of this repository that uses the library.
