@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from seed_support import cu_seqlens_of, main, seeded, world  # noqa: E402
+from seed_support import cu_seqlens_of, main, seeded, world
 
-import zigzag_attention.ring_flash_attn as ring_flash_attn  # noqa: E402
-from zigzag_attention import Communicator, Plan, attention, shard, unshard  # noqa: E402
+import zigzag_attention.ring_flash_attn as ring_flash_attn
+from zigzag_attention import Communicator, Plan, attention, shard, unshard
 
 Tensors = dict[str, torch.Tensor]
 

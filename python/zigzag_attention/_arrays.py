@@ -50,7 +50,8 @@ def same_kind(names: str, *arrays: object) -> str:
     kinds = {kind_of(x, name) for name, x in zip(names.split(), arrays, strict=True)}
     if len(kinds) > 1:
         raise TypeError(
-            f"{', '.join(names.split())} mix NumPy arrays and torch tensors; all must be of one kind"
+            f"{', '.join(names.split())} mix NumPy arrays and torch tensors; "
+            "all must be of one kind"
         )
     return kinds.pop()
 

@@ -1,4 +1,4 @@
-"""torch.distributed groups as communicators: the library's schedule over the group's collectives."""
+"""torch.distributed groups as communicators: the library's schedule over their collectives."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from numpy.typing import NDArray
 
 from zigzag_attention import _core
@@ -39,7 +40,7 @@ def handle_of(group: Any, world_size: int) -> str:
 
 def by_name(name: str) -> Communicator:
     """The communicator of the process group of that name."""
-    return communicator(dist.distributed_c10d._resolve_process_group(name))
+    return communicator(_resolve_process_group(name))
 
 
 def communicator(group: dist.ProcessGroup) -> Communicator:
@@ -57,6 +58,11 @@ def communicator(group: dist.ProcessGroup) -> Communicator:
         )
         _communicators[group] = found
     return found
+
+
+def _resolve_process_group(name: str) -> dist.ProcessGroup:
+    resolve: Callable[[str], dist.ProcessGroup] = c10d._resolve_process_group  # type: ignore
+    return resolve(name)
 
 
 class _Collectives:
@@ -84,7 +90,11 @@ class _Collectives:
         self._store(received, out)
 
     def all_to_all(
-        self, send: NDArray[Any], send_bytes: list[int], receive: NDArray[Any], receive_bytes: list[int]
+        self,
+        send: NDArray[Any],
+        send_bytes: list[int],
+        receive: NDArray[Any],
+        receive_bytes: list[int],
     ) -> None:
         received = self._empty(receive)
         self._wait(

@@ -40,7 +40,11 @@ class _Collectives:
         self._wait("all_gather", self._comm.Iallgather(data, out))
 
     def all_to_all(
-        self, send: NDArray[Any], send_bytes: list[int], receive: NDArray[Any], receive_bytes: list[int]
+        self,
+        send: NDArray[Any],
+        send_bytes: list[int],
+        receive: NDArray[Any],
+        receive_bytes: list[int],
     ) -> None:
         if max(send.size, receive.size) > _MAX_COUNT:
             raise _core.CommunicationError(

@@ -234,7 +234,13 @@ def _like(a: Tensor, b: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor
 
 @_attention_backward.register_fake
 def _(
-    dout: Tensor, out: Tensor, lse: Tensor, a: Tensor, b: Tensor | None, c: Tensor | None, *_: object
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    *_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _like(a, b, c)
 
@@ -254,9 +260,7 @@ def _backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Any,
     if dout is None:
         # The exchange is collective: the other ranks wait for this one's part.
         dout = torch.zeros_like(out)
-    da, db, dc = _attention_backward(
-        dout, out, lse, a, b, c, cu_seqlens, local, *ctx.options
-    )
+    da, db, dc = _attention_backward(dout, out, lse, a, b, c, cu_seqlens, local, *ctx.options)
     return (da, None if b is None else db, None if c is None else dc, *none)
 
 
@@ -284,9 +288,7 @@ class _Shard(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         out = grad.new_zeros((ctx.plan.total_tokens, *grad.shape[1:]))
-        _core.unshard_rank(
-            view(grad), ctx.plan._core, ctx.rank, view(out), stream=stream_of(grad)
-        )
+        _core.unshard_rank(view(grad), ctx.plan._core, ctx.rank, view(out), stream=stream_of(grad))
         return out, None, None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +11,6 @@ from zigzag_attention import _core
 from zigzag_attention._arrays import ArrayT, IntArray, same_kind, view
 from zigzag_attention.communicator import Communicator, Group, handle_of, resolve
 from zigzag_attention.plan import Plan, Window
-
-if TYPE_CHECKING:
-    import torch
 
 
 def check_group(communicator: Communicator, world_size: int) -> None:
@@ -135,6 +132,12 @@ def attention(
         TypeError: q, k, v are not all NumPy arrays or all torch tensors.
     """
     options = (causal, softmax_scale, window, softcap, kv_heads_per_stage, deterministic)
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"plan is a {type(plan).__qualname__}; it must be a Plan(cu_seqlens, world_size)"
+        )
+    out: Any
+    lse: Any
     if same_kind("q k v", q, k, v) == "torch":
         from zigzag_attention import _torch
 

@@ -229,6 +229,8 @@ def _call(
     _check_packed(names, packed)
     options = (causal, softmax_scale, window_size, 0.0, heads_k_stride, deterministic)
     kernels = kernels_name(use_triton_kernel) or ""
+    out: Any
+    lse: Any
     if kind == "torch":
         from zigzag_attention import _torch
 

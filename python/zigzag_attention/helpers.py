@@ -55,7 +55,9 @@ def _check_rows(x: Any, name: str, axis: int, plan: Plan) -> None:
 def _check_pair(kv_buffer: Any, name: str, plan: Plan) -> None:
     _check_rows(kv_buffer, name, 1, plan)
     if kv_buffer.shape[0] != 2:
-        raise ValueError(f"{name} has shape {list(kv_buffer.shape)}; dimension 0 must be K and V, 2")
+        raise ValueError(
+            f"{name} has shape {list(kv_buffer.shape)}; dimension 0 must be 2, K and V"
+        )
 
 
 def extract_local(value: ArrayT, cu_seqlens: Indices, rank: int, world_size: int) -> ArrayT:
@@ -165,7 +167,7 @@ def split_q_by_zigzag_chunk_index(
         if is_torch(q):
             import torch
 
-            picked = torch.from_numpy(rows).to(q.device)  # type: ignore[arg-type]
+            picked = torch.from_numpy(rows).to(q.device)
         q_list.append(q[picked])
         cu_list.append(indices_like(cu, cu_seqlens_q))
         indices_list.append(picked)

@@ -1,10 +1,10 @@
 """Hugging Face models: `attn_implementation="zigzag"` through transformers' public interface.
 
-    zigzag = zigzag_attention.hf.register(group)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="zigzag")
-    plan = Plan(pack.cu_seqlens, world_size)
-    loss = model(**zigzag.inputs(pack, plan)).loss
-    loss.backward()        # then SUM the gradients over the ranks
+zigzag = zigzag_attention.hf.register(group)
+model = AutoModelForCausalLM.from_config(config, attn_implementation="zigzag")
+plan = Plan(pack.cu_seqlens, world_size)
+loss = model(**zigzag.inputs(pack, plan)).loss
+loss.backward()        # then SUM the gradients over the ranks
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ class Registration:
         plan = zigzag_plan or self.plan
         if plan is None:
             raise ValueError(
-                f"attn_implementation={self.name!r} needs the step's pack: pass zigzag_plan=plan to "
-                "the model, or set it with registration.pack(plan)"
+                f"attn_implementation={self.name!r} needs the step's pack: pass zigzag_plan=plan "
+                "to the model, or set it with registration.pack(plan)"
             )
         if attention_mask is not None:
             raise ValueError(

@@ -7,7 +7,7 @@ from types import TracebackType
 from zigzag_attention import _core
 
 
-class kernels:  # noqa: N801 - used like a function
+class kernels:
     """Chooses the fast kernels or their plain twins for the whole process.
 
     `kernels("reference")` sets the default from here on; `with kernels("reference"): ...` sets it

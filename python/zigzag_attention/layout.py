@@ -27,10 +27,12 @@ def shard(x: ArrayT, plan: Plan, rank: int) -> ArrayT:
     Raises:
         ValueError: x has another number of rows than the plan has tokens, or rank is out of range.
     """
-    if kind_of(x, "x") == "torch" and x.requires_grad:
+    given: Any = x
+    if kind_of(x, "x") == "torch" and given.requires_grad:
         from zigzag_attention import _torch
 
-        return _torch.shard(x, plan, rank)  # type: ignore[return-value,arg-type]
+        out: Any = _torch.shard(given, plan, rank)
+        return out  # type: ignore[no-any-return]
     return shard_rows(x, plan, rank)
 
 
@@ -57,10 +59,12 @@ def unshard(parts: Sequence[ArrayT], plan: Plan) -> ArrayT:
     if len(parts) == 0:
         raise ValueError(f"unshard was given no parts; the plan has {plan.world_size} ranks")
     kind = same_kind(" ".join(f"parts[{r}]" for r in range(len(parts))), *parts)
-    if kind == "torch" and any(part.requires_grad for part in parts):  # type: ignore[union-attr]
+    given: Any = parts
+    if kind == "torch" and any(part.requires_grad for part in given):
         from zigzag_attention import _torch
 
-        return _torch.unshard(parts, plan)  # type: ignore[return-value,arg-type]
+        out: Any = _torch.unshard(given, plan)
+        return out  # type: ignore[no-any-return]
     return unshard_rows(parts, plan)
 
 

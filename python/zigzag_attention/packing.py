@@ -48,7 +48,8 @@ def shift_labels(labels: ArrayT, cu_seqlens: Indices, ignore_index: int = -100) 
             f"labels has shape {list(labels.shape)}; cu_seqlens ends at {int(values[-1])}, so it "
             f"must be [{int(values[-1])}]"
         )
-    shifted: Any = labels.clone() if is_torch(labels) else labels.copy()  # type: ignore[union-attr]
+    given: Any = labels
+    shifted: Any = given.clone() if is_torch(given) else given.copy()
     shifted[:-1] = labels[1:]
     lengths = np.diff(values)
     for last in values[1:][lengths > 0] - 1:
@@ -75,7 +76,8 @@ def collate(
         raise ValueError("collate was given no documents; it needs at least one")
     kind = same_kind(" ".join(f"documents[{i}]" for i in range(len(documents))), *documents)
     lengths = np.array([len(document) for document in documents], dtype=np.int64)
-    targets = documents if labels is None else labels
+    inputs: Any = documents
+    targets: Any = documents if labels is None else labels
     if [len(target) for target in targets] != lengths.tolist():
         raise ValueError("labels have other lengths than the documents; they must be equal")
     ends: Any = np.concatenate(([0], np.cumsum(lengths)))
@@ -83,11 +85,11 @@ def collate(
         import torch
 
         ends = torch.from_numpy(ends)
-        ids: Any = torch.cat(list(documents))  # type: ignore[arg-type]
-        wanted: Any = torch.cat(list(targets))  # type: ignore[arg-type]
+        ids: Any = torch.cat(list(inputs))
+        wanted: Any = torch.cat(list(targets))
     else:
-        ids = np.concatenate(documents)  # type: ignore[arg-type]
-        wanted = np.concatenate(targets)  # type: ignore[arg-type]
+        ids = np.concatenate(inputs)
+        wanted = np.concatenate(targets)
     return Pack(ids, shift_labels(wanted, ends, ignore_index), ends)
 
 

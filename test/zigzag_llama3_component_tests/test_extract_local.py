@@ -12,9 +12,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from seed_support import cu_seqlens_of, main, oracle_rows, report_exact, seeded, world  # noqa: E402
+from seed_support import cu_seqlens_of, main, oracle_rows, report_exact, seeded, world
 
-from zigzag_attention import Plan, extract_local, unshard  # noqa: E402
+from zigzag_attention import Plan, extract_local, unshard
 
 
 def check(title: str, lengths: list[int], shape: tuple[int, ...], dtype: torch.dtype) -> None:

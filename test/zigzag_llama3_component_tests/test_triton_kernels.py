@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from seed_support import (  # noqa: E402
+from seed_support import (
     cu_seqlens_of,
     main,
     oracle_rows,
@@ -27,7 +27,7 @@ from seed_support import (  # noqa: E402
     world,
 )
 
-from zigzag_attention import (  # noqa: E402
+from zigzag_attention import (
     extract_zigzag_kv_slices_for_group,
     scatter_grad_to_zigzag,
 )

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from seed_support import (  # noqa: E402
+from seed_support import (
     cu_seqlens_of,
     main,
     oracle_rows,
@@ -22,7 +22,7 @@ from seed_support import (  # noqa: E402
     world,
 )
 
-from zigzag_attention import (  # noqa: E402
+from zigzag_attention import (
     compute_kv_slices_for_groups,
     rearrange_grad_from_contiguous_to_zigzag,
     rearrange_kv_from_zigzag_to_contiguous,
