@@ -8,18 +8,18 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT="${OUT:-build/gpu_out}"
 mkdir -p "${OUT}"
 carry=build/gpu_carry
-export LD_LIBRARY_PATH="${PWD}/${carry}/lib:${LD_LIBRARY_PATH:-}"
+libraries="${PWD}/${carry}/lib:${LD_LIBRARY_PATH:-}"
 export NCCL_NVLS_ENABLE=0 PYTHONUNBUFFERED=1 ZIGZAG_TIMEOUT_S="${ZIGZAG_TIMEOUT_S:-60}"
 summary="${OUT}/summary.txt"
 : >"${summary}"
-chmod +x "${carry}"/gpu_test "${carry}"/gpu_bench "${carry}"/zigzag
+chmod +x "${carry}"/gpu_process_test "${carry}"/gpu_test "${carry}"/gpu_bench "${carry}"/zigzag
 
 # part NAME SECONDS COMMAND...: its output goes to $OUT/NAME.log.
 part() {
   local name="$1" limit="$2" start code
   shift 2
   start="$(date +%s)"
-  timeout --kill-after=10 "${limit}" "$@" >"${OUT}/${name}.log" 2>&1
+  LD_LIBRARY_PATH="${libraries}" timeout --kill-after=10 "${limit}" "$@" >"${OUT}/${name}.log" 2>&1
   code=$?
   printf '%-14s exit %3d  %4d s\n' "${name}" "${code}" "$(($(date +%s) - start))" | tee -a "${summary}"
 }
@@ -30,6 +30,11 @@ for what in "$@"; do
     test)
       part doctor 60 "${carry}/zigzag" doctor
       part gpu_test 280 "${carry}/gpu_test" --gtest_output="json:${OUT}/gpu_test.json" ${GPU_TEST_FILTER:+"--gtest_filter=${GPU_TEST_FILTER}"}
+      ;;
+    processes)
+      part ipc_2 60 "${carry}/gpu_process_test" 2 peer 6
+      part ipc_4 90 "${carry}/gpu_process_test" 4 peer 6
+      [[ "$(nvidia-smi -L | wc -l)" -gt 1 ]] && part nccl_2 60 "${carry}/gpu_process_test" 2 nccl 6
       ;;
     run)
       # The command, end to end, checked against the float64 reference and one rank.

@@ -32,7 +32,7 @@ Problem make_problem(std::vector<int64_t> lengths, int64_t heads, int64_t kv_hea
   return problem;
 }
 
-void check_float(const Problem& problem, const Run& run) {
+void check_float(const Problem& problem, const RunOptions& run) {
   SCOPED_TRACE(describe(problem) + ", W " + std::to_string(run.world_size) + " " + run.comm);
   const Errors errors = errors_of(problem, run);
   EXPECT_WITHIN(errors.out, 1e-5);
@@ -44,7 +44,7 @@ void check_float(const Problem& problem, const Run& run) {
 
 /// Half types: bounded by what one rank makes with the same engine, and absolutely, so that an
 /// engine that is wrong on one rank too is caught.
-void check_half(const Problem& problem, const Run& run) {
+void check_half(const Problem& problem, const RunOptions& run) {
   SCOPED_TRACE(describe(problem) + ", W " + std::to_string(run.world_size) + " " + run.comm);
   const double unit = problem.dtype == DType::kBFloat16 ? 1.0 / 256 : 1.0 / 2048;
   const Errors errors = errors_of(problem, run);
@@ -58,7 +58,7 @@ void check_half(const Problem& problem, const Run& run) {
                 errors.out, errors.lse, errors.dq, errors.dk, errors.dv);
     return;
   }
-  Run alone = run;
+  RunOptions alone = run;
   alone.world_size = 1;
   alone.kv_heads_per_stage = 0;
   const Errors one = errors_of(problem, alone);
@@ -72,7 +72,7 @@ void check_half(const Problem& problem, const Run& run) {
   EXPECT_WITHIN(errors.dv, 1.10 * one.dv + 0.10 * unit);
 }
 
-void check(const Problem& problem, const Run& run) {
+void check(const Problem& problem, const RunOptions& run) {
   if (problem.dtype == DType::kFloat32) {
     check_float(problem, run);
   } else {
@@ -80,8 +80,8 @@ void check(const Problem& problem, const Run& run) {
   }
 }
 
-Run ranks(int64_t world_size, const std::string& comm = "peer") {
-  Run run;
+RunOptions ranks(int64_t world_size, const std::string& comm = "peer") {
+  RunOptions run;
   run.world_size = world_size;
   run.comm = comm;
   return run;
@@ -146,7 +146,7 @@ TEST_F(GpuAttention, Softcap) {
 
 TEST_F(GpuAttention, PackedInputs) {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
-    Run run = ranks(1);
+    RunOptions run = ranks(1);
     run.packed = true;
     check(make_problem(kMixed, 4, 2, 64, dtype), run);
     run.world_size = 3;
@@ -203,7 +203,7 @@ TEST_F(GpuAttention, PeerRanksEdges) {
 
 TEST_F(GpuAttention, Stages) {
   for (const int64_t stage : {1, 2, 4}) {
-    Run run = ranks(3);
+    RunOptions run = ranks(3);
     run.kv_heads_per_stage = stage;
     check(make_problem({500, 77, 128}, 8, 4, 64, DType::kFloat32), run);
     check(make_problem({500, 77, 128}, 8, 4, 64, DType::kBFloat16), run);
@@ -211,7 +211,7 @@ TEST_F(GpuAttention, Stages) {
 }
 
 TEST_F(GpuAttention, OwnKernelsServeHalfTypes) {
-  Run run = ranks(2);
+  RunOptions run = ranks(2);
   run.kernels = Kernels::kReference;
   check(make_problem(kMixed, 4, 2, 128, DType::kBFloat16), run);
   check(make_problem(kMixed, 4, 2, 128, DType::kFloat16), run);
@@ -220,7 +220,7 @@ TEST_F(GpuAttention, OwnKernelsServeHalfTypes) {
 TEST_F(GpuAttention, RepeatsBitwise) {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
     const Problem problem = make_problem({700, 129, 300}, 8, 2, 128, dtype);
-    Run run = ranks(3);
+    RunOptions run = ranks(3);
     run.deterministic = true;
     bool held = false;
     const Results first = run_on_gpus(problem, run, held);
@@ -241,7 +241,7 @@ TEST_F(GpuAttention, NcclRanks) {
   check(make_problem(kMixed, 4, 2, 64, DType::kFloat32), ranks(world_size, "nccl"));
   check(make_problem({700, 1, 0, 300, 129, 7}, 8, 2, 128, DType::kBFloat16),
         ranks(world_size, "nccl"));
-  Run staged = ranks(world_size, "nccl");
+  RunOptions staged = ranks(world_size, "nccl");
   staged.kv_heads_per_stage = 1;
   check(make_problem({500, 77, 128}, 8, 4, 64, DType::kBFloat16), staged);
 }
@@ -250,7 +250,7 @@ TEST_F(GpuAttention, LargePackAgreesWithOwnKernels) {
   // Too long for the reference: cuDNN against the library's kernels, which the cases above check.
   const Problem problem = make_problem({6000, 1000, 900, 292}, 8, 2, 128, DType::kBFloat16);
   bool held = false;
-  Run own = ranks(1);
+  RunOptions own = ranks(1);
   own.kernels = Kernels::kReference;
   const Results want = run_on_gpus(problem, own, held);
   for (const int64_t world_size : {1, 2, 4, 8}) {

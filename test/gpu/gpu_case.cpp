@@ -215,7 +215,7 @@ std::shared_ptr<const Results> reference_of(const Problem& problem) {
   return entry;
 }
 
-Results run_on_gpus(const Problem& problem, const Run& run, bool& fences_held) {
+Results run_on_gpus(const Problem& problem, const RunOptions& run, bool& fences_held) {
   const Plan plan = Plan::from_lengths(problem.lengths, run.world_size);
   const int64_t tokens = plan.total_tokens();
   const Inputs inputs = inputs_of(problem, tokens);
@@ -317,7 +317,7 @@ double distance(const std::vector<double>& got, const std::vector<double>& want)
   return std::sqrt(difference / std::max(norm, 1e-300));
 }
 
-Errors errors_of(const Problem& problem, const Run& run) {
+Errors errors_of(const Problem& problem, const RunOptions& run) {
   const auto want = reference_of(problem);
   bool fences_held = false;
   const Results got = run_on_gpus(problem, run, fences_held);

@@ -23,7 +23,7 @@ struct Problem {
 };
 
 /// How a problem is run.
-struct Run {
+struct RunOptions {
   std::int64_t world_size = 1;
   std::string comm = "peer";  // "peer" or "nccl"
   std::int64_t kv_heads_per_stage = 0;
@@ -51,10 +51,10 @@ std::shared_ptr<const Results> reference_of(const Problem& problem);
 
 /// Runs forward and backward on the GPUs (rank r on GPU r modulo their number); outputs start as
 /// NaN and inputs have NaN around them. `fences_held` tells whether memory around outputs stayed.
-Results run_on_gpus(const Problem& problem, const Run& run, bool& fences_held);
+Results run_on_gpus(const Problem& problem, const RunOptions& run, bool& fences_held);
 
 /// run_on_gpus compared with the reference.
-Errors errors_of(const Problem& problem, const Run& run);
+Errors errors_of(const Problem& problem, const RunOptions& run);
 
 /// Relative L2 distance, infinite where special values differ.
 double distance(const std::vector<double>& got, const std::vector<double>& want);

@@ -1,0 +1,198 @@
+// Exchanges between ranks on GPUs: failures end within the deadline, long runs stay right and flat,
+// a step captured in a CUDA graph gives the same bits.
+#include <chrono>
+#include <cstdlib>
+#include <stdexcept>
+#include <vector>
+
+#include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
+
+#include "cuda/check.h"
+#include "cuda/runtime.h"
+#include "gpu_case.h"
+
+namespace zigzag::gpu_test {
+namespace {
+
+using std::int64_t;
+
+class GpuExchange : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (cuda::device_count() == 0) GTEST_SKIP() << "no GPU";
+  }
+};
+
+struct Tensors {
+  std::vector<Buffer> buffers;
+  TensorView q, k, v, dout, out, lse, dq, dk, dv;
+};
+
+Tensors make_tensors(const Problem& problem, int64_t rows, Device device) {
+  Tensors tensors;
+  const auto make = [&](int64_t heads, bool poison, std::uint64_t seed) {
+    TensorView view =
+        TensorView::contiguous(nullptr, problem.dtype, {rows, heads, problem.head_dim}, device);
+    const auto bytes =
+        poison ? std::vector<std::byte>(
+                     static_cast<std::size_t>(view.num_elements() * item_size(problem.dtype)),
+                     std::byte{0xff})
+               : random_bytes(view.num_elements(), problem.dtype, seed);
+    tensors.buffers.push_back(cuda::allocate(device, static_cast<int64_t>(bytes.size())));
+    view.data = tensors.buffers.back().memory.get();
+    cuda::copy(view.data, bytes.data(), static_cast<int64_t>(bytes.size()));
+    return view;
+  };
+  tensors.q = make(problem.heads, false, 1);
+  tensors.k = make(problem.kv_heads, false, 2);
+  tensors.v = make(problem.kv_heads, false, 3);
+  tensors.dout = make(problem.heads, false, 4);
+  tensors.out = make(problem.heads, true, 0);
+  tensors.dq = make(problem.heads, true, 0);
+  tensors.dk = make(problem.kv_heads, true, 0);
+  tensors.dv = make(problem.kv_heads, true, 0);
+  tensors.lse = TensorView::contiguous(nullptr, DType::kFloat32, {rows, problem.heads}, device);
+  tensors.buffers.push_back(cuda::allocate(device, rows * problem.heads * 4));
+  tensors.lse.data = tensors.buffers.back().memory.get();
+  return tensors;
+}
+
+std::vector<std::byte> read(const TensorView& view) {
+  std::vector<std::byte> bytes(
+      static_cast<std::size_t>(view.num_elements() * item_size(view.dtype)));
+  cuda::copy(bytes.data(), view.data, static_cast<int64_t>(bytes.size()));
+  return bytes;
+}
+
+TEST_F(GpuExchange, RankThatFailsEndsTheOthers) {
+  const auto groups = Communicator::threads(3);
+  Problem problem;
+  problem.lengths = {200, 100};
+  const Plan plan = Plan::from_lengths(problem.lengths, 3);
+  const auto start = std::chrono::steady_clock::now();
+  std::vector<std::string> messages(3);
+  on_ranks(3, [&](int rank) {
+    const Device device{DeviceType::kCuda, rank % cuda::device_count()};
+    const Communicator group =
+        Communicator::peer(groups[static_cast<std::size_t>(rank)], device.index);
+    const Tensors t = make_tensors(problem, plan.local_tokens(rank), device);
+    const auto stream = cuda::make_stream(device);
+    AttentionOptions options;
+    options.stream = stream.get();
+    try {
+      if (rank == 1) throw std::runtime_error("planted failure");
+      forward(t.q, t.k, t.v, plan, group, options, t.out, t.lse);
+    } catch (const std::exception& error) {
+      if (rank == 1) group.abort(error.what());
+      messages[static_cast<std::size_t>(rank)] = error.what();
+    }
+    cuda::synchronize(device, stream.get());
+  });
+  for (const int rank : {0, 2}) {
+    EXPECT_NE(messages[static_cast<std::size_t>(rank)].find("planted failure"), std::string::npos)
+        << messages[static_cast<std::size_t>(rank)];
+  }
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
+}
+
+TEST_F(GpuExchange, LongRunStaysRightAndFlat) {
+  constexpr int kRanks = 4;
+  constexpr int kSteps = 300;
+  Problem problem;
+  problem.dtype = DType::kBFloat16;
+  problem.heads = 8;
+  problem.kv_heads = 2;
+  problem.head_dim = 128;
+  // Packs of one number of tokens, so that a rank's tensors serve them all.
+  const std::vector<std::vector<int64_t>> packs{
+      {2048}, {1000, 1048}, {64, 1920, 64}, {700, 700, 600, 40, 8}, {2047, 1}};
+  std::vector<Plan> plans;
+  for (const auto& pack : packs) plans.push_back(Plan::from_lengths(pack, kRanks));
+  const auto groups = Communicator::threads(kRanks);
+  std::vector<int> wrong(kRanks, 0);
+  std::vector<std::size_t> growth(kRanks, 0);
+  on_ranks(kRanks, [&](int rank) {
+    const Device device{DeviceType::kCuda, rank % cuda::device_count()};
+    cuda::use_device(device);
+    const Communicator group =
+        Communicator::peer(groups[static_cast<std::size_t>(rank)], device.index);
+    const auto stream = cuda::make_stream(device);
+    AttentionOptions options;
+    options.stream = stream.get();
+    const Tensors t = make_tensors(problem, plans[0].local_tokens(rank), device);
+    std::vector<std::vector<std::byte>> first(packs.size());
+    std::size_t free_before = 0;
+    std::size_t free_after = 0;
+    std::size_t total = 0;
+    for (int step = 0; step < kSteps; ++step) {
+      const auto which = static_cast<std::size_t>(step) % packs.size();
+      forward(t.q, t.k, t.v, plans[which], group, options, t.out, t.lse);
+      backward(t.dout, t.q, t.k, t.v, t.out, t.lse, plans[which], group, options, t.dq, t.dk, t.dv);
+      if (step % 37 < 10) {
+        // Forward is bitwise repeatable, whatever ran in between.
+        cuda::synchronize(device, stream.get());
+        const std::vector<std::byte> out = read(t.out);
+        if (first[which].empty()) {
+          first[which] = out;
+        } else if (out != first[which]) {
+          ++wrong[static_cast<std::size_t>(rank)];
+        }
+      }
+      if (step == 60 || step == kSteps - 1) {
+        cuda::synchronize(device, stream.get());
+        group.barrier();
+        cuda::check(cudaMemGetInfo(step == 60 ? &free_before : &free_after, &total), "memory");
+        group.barrier();
+      }
+    }
+    if (free_after < free_before) {
+      growth[static_cast<std::size_t>(rank)] = free_before - free_after;
+    }
+  });
+  for (int rank = 0; rank < kRanks; ++rank) {
+    EXPECT_EQ(wrong[static_cast<std::size_t>(rank)], 0) << "rank " << rank;
+    EXPECT_LE(growth[static_cast<std::size_t>(rank)], std::size_t{64} << 20) << "rank " << rank;
+  }
+}
+
+TEST_F(GpuExchange, StepReplayedFromAGraph) {
+  Problem problem;
+  problem.dtype = DType::kBFloat16;
+  problem.head_dim = 128;
+  problem.lengths = {1500, 300, 248};
+  const Plan plan = Plan::from_lengths(problem.lengths, 1);
+  const Device device{DeviceType::kCuda, 0};
+  const Communicator group = Communicator::self();
+  const auto stream = cuda::make_stream(device);
+  AttentionOptions options;
+  options.stream = stream.get();
+  const Tensors t = make_tensors(problem, plan.total_tokens(), device);
+  const auto step = [&] {
+    forward(t.q, t.k, t.v, plan, group, options, t.out, t.lse);
+    backward(t.dout, t.q, t.k, t.v, t.out, t.lse, plan, group, options, t.dq, t.dk, t.dv);
+  };
+  step();
+  cuda::synchronize(device, stream.get());
+  step();
+  cuda::synchronize(device, stream.get());
+  const std::vector<std::byte> want = read(t.out);
+
+  const cudaStream_t queue = cuda::as_stream(stream.get());
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t exec = nullptr;
+  cuda::check(cudaStreamBeginCapture(queue, cudaStreamCaptureModeThreadLocal), "begin capture");
+  step();
+  cuda::check(cudaStreamEndCapture(queue, &graph), "end capture");
+  cuda::check(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
+  cuda::check(cudaMemset(t.out.data, 0xff, want.size()), "poison");
+  cuda::check(cudaDeviceSynchronize(), "synchronize");
+  for (int i = 0; i < 3; ++i) cuda::check(cudaGraphLaunch(exec, queue), "launch");
+  cuda::synchronize(device, stream.get());
+  EXPECT_TRUE(read(t.out) == want);
+  cuda::check(cudaGraphExecDestroy(exec), "destroy");
+  cuda::check(cudaGraphDestroy(graph), "destroy");
+}
+
+}  // namespace
+}  // namespace zigzag::gpu_test
