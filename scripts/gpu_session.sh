@@ -10,6 +10,8 @@ mkdir -p "${OUT}"
 carry=build/gpu_carry
 libraries="${PWD}/${carry}/lib:${LD_LIBRARY_PATH:-}"
 export NCCL_NVLS_ENABLE=0 PYTHONUNBUFFERED=1 ZIGZAG_TIMEOUT_S="${ZIGZAG_TIMEOUT_S:-60}"
+# Few files come back from a lent machine: logs travel as one archive.
+logs="$(mktemp -d)"
 summary="${OUT}/summary.txt"
 : >"${summary}"
 chmod +x "${carry}"/gpu_process_test "${carry}"/gpu_test "${carry}"/gpu_bench "${carry}"/zigzag
@@ -19,8 +21,9 @@ part() {
   local name="$1" limit="$2" start code
   shift 2
   start="$(date +%s)"
-  LD_LIBRARY_PATH="${libraries}" timeout --kill-after=10 "${limit}" "$@" >"${OUT}/${name}.log" 2>&1
+  LD_LIBRARY_PATH="${libraries}" timeout --kill-after=10 "${limit}" "$@" >"${logs}/${name}.log" 2>&1
   code=$?
+  tar -C "${logs}" -czf "${OUT}/logs.tar.gz" .
   printf '%-14s exit %3d  %4d s\n' "${name}" "${code}" "$(($(date +%s) - start))" | tee -a "${summary}"
 }
 
@@ -58,7 +61,7 @@ for what in "$@"; do
 done
 
 echo "=== failures and figures"
-for log in "${OUT}"/*.log; do
+for log in "${logs}"/*.log; do
   echo "--- ${log##*/}"
   case "${log##*/}" in
     gpu_test.log) grep -E '^\[  (FAILED|PASSED)|W [0-9]+|cuDNN|Failure|is .* allowed|unknown file|C\+\+ exception' "${log}" | head -90 ;;
