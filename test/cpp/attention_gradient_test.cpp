@@ -53,8 +53,8 @@ struct Small {
             if (!sees(options.mask, i, j)) continue;
             double s = 0;
             for (int64_t c = 0; c < problem.head_dim; ++c) {
-              s += at(q, start + i, h, problem.heads, c) *
-                   at(k, start + j, kv, problem.kv_heads, c);
+              s +=
+                  at(q, start + i, h, problem.heads, c) * at(k, start + j, kv, problem.kv_heads, c);
             }
             s *= scale;
             if (options.softcap > 0) s = options.softcap * std::tanh(s / options.softcap);
@@ -131,7 +131,8 @@ TEST(Reference, ForwardEqualsASoftmaxWrittenOut) {
     small.forward(out, lse);
     const ReferenceResult reference = run_reference(problem);
     const auto tokens = total(problem.lengths);
-    EXPECT_TRUE(close("out", reference.out, out, std::vector<int64_t>{tokens, 4, 3}, {1e-13, 1e-13}));
+    EXPECT_TRUE(
+        close("out", reference.out, out, std::vector<int64_t>{tokens, 4, 3}, {1e-13, 1e-13}));
     EXPECT_TRUE(close("lse", reference.lse, lse, std::vector<int64_t>{tokens, 4}, {1e-13, 1e-13}));
   }
 }
@@ -158,9 +159,12 @@ TEST(Reference, EnginesGradientsEqualFiniteDifferences) {
     Small small(problem);
     const AttentionResult result = run_case(problem, 3);
     constexpr Bound kBound{3e-6, 2e-5};
-    EXPECT_TRUE(close("dq", values(result.dq), small.gradient(small.q), result.dq.view().shape, kBound));
-    EXPECT_TRUE(close("dk", values(result.dk), small.gradient(small.k), result.dk.view().shape, kBound));
-    EXPECT_TRUE(close("dv", values(result.dv), small.gradient(small.v), result.dv.view().shape, kBound));
+    EXPECT_TRUE(
+        close("dq", values(result.dq), small.gradient(small.q), result.dq.view().shape, kBound));
+    EXPECT_TRUE(
+        close("dk", values(result.dk), small.gradient(small.k), result.dk.view().shape, kBound));
+    EXPECT_TRUE(
+        close("dv", values(result.dv), small.gradient(small.v), result.dv.view().shape, kBound));
   }
 }
 
@@ -174,10 +178,10 @@ TEST(Comparator, ANanNeverPasses) {
   EXPECT_FALSE(close("x", std::vector<double>{1, kNan, 3}, good, shape, kLoose));
   EXPECT_FALSE(close("x", good, std::vector<double>{1, kNan, 3}, shape, kLoose));
   EXPECT_FALSE(close("x", std::vector<double>{1, kInfinity, 3}, good, shape, kLoose));
-  EXPECT_FALSE(close("x", std::vector<double>{1, -kInfinity, 3}, std::vector<double>{1, kInfinity, 3},
-                     shape, kLoose));
-  EXPECT_TRUE(close("x", std::vector<double>{1, kNan, -kInfinity}, std::vector<double>{1, kNan, -kInfinity},
-                    shape, {0, 0}));
+  EXPECT_FALSE(close("x", std::vector<double>{1, -kInfinity, 3},
+                     std::vector<double>{1, kInfinity, 3}, shape, kLoose));
+  EXPECT_TRUE(close("x", std::vector<double>{1, kNan, -kInfinity},
+                    std::vector<double>{1, kNan, -kInfinity}, shape, {0, 0}));
   EXPECT_FALSE(close("x", std::vector<double>{1, 2, 3.1}, good, shape, {1e-3, 1}));
   EXPECT_FALSE(close("x", std::vector<double>{1, 2, 3.1}, good, shape, {1, 1e-3}));
   EXPECT_FALSE(close("x", std::vector<double>{0, 0}, std::vector<double>{0, 0, 0}, shape, kLoose));

@@ -208,11 +208,11 @@ TEST(LayoutOperations, LargeTensorsThatAreCopiedInParallel) {
     views.push_back(parts.back());
     const std::vector<int64_t> tokens = plan.token_indices(r);
     for (std::size_t row = 0; row < tokens.size(); ++row) {
-      ASSERT_EQ(std::memcmp(parts.back().view().as<std::byte>() + row * row_size,
-                            x.view().as<std::byte>() +
-                                static_cast<std::size_t>(tokens[row]) * row_size,
-                            row_size),
-                0)
+      ASSERT_EQ(
+          std::memcmp(parts.back().view().as<std::byte>() + row * row_size,
+                      x.view().as<std::byte>() + static_cast<std::size_t>(tokens[row]) * row_size,
+                      row_size),
+          0)
           << "row " << row;
     }
   }

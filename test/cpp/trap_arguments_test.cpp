@@ -111,32 +111,53 @@ std::vector<BadInput> bad_packs() {
       {"`cu_seqlens` that decreases", pack({0, 5, 3, 9}, 2)},
       {"`cu_seqlens` with a negative entry", pack({0, -4}, 2)},
       {"a pack of more than 2^56 tokens", pack({0, (int64_t{1} << 56) + 1}, 2)},
-      {"a negative length", [] { Plan::from_lengths(Lengths{4, -1}, 2); }},
+      {"a negative length",
+       [] {
+         Plan::from_lengths(Lengths{4, -1}, 2);
+       }},
       {"lengths that add up to more than 2^56",
-       [] { Plan::from_lengths(Lengths{int64_t{1} << 56, 1}, 2); }},
+       [] {
+         Plan::from_lengths(Lengths{int64_t{1} << 56, 1}, 2);
+       }},
       {"no rank", pack({0, 5}, 0)},
       {"a negative number of ranks", pack({0, 5}, -3)},
       {"more than 2^20 ranks", pack({0, 5}, (int64_t{1} << 20) + 1)},
       {"a rank beyond the group", [] { (void)Plan::from_lengths(Lengths{5}, 2).local_tokens(2); }},
       {"a negative rank", [] { (void)Plan::from_lengths(Lengths{5}, 2).position_ids(-1); }},
-      {"a row beyond the shard", [] { (void)Plan::from_lengths(Lengths{5}, 2).global_token(0, 3); }},
+      {"a row beyond the shard",
+       [] { (void)Plan::from_lengths(Lengths{5}, 2).global_token(0, 3); }},
       {"a token beyond the pack", [] { (void)Plan::from_lengths(Lengths{5}, 2).local_row(5); }},
       {"a document beyond the pack", [] { (void)Plan::from_lengths(Lengths{5}, 2).chunk(1, 0); }},
       {"a chunk beyond 2W", [] { (void)Plan::from_lengths(Lengths{5}, 2).chunk(0, 4); }},
-      {"a window of -2", [] { (void)Plan::from_lengths(Lengths{5}, 2).work_items(0, {true, -2, -1}); }},
+      {"a window of -2",
+       [] {
+         (void)Plan::from_lengths(Lengths{5}, 2).work_items(0, {true, -2, -1});
+       }},
       {"a cost model without a rate",
-       [] { predict(Plan::from_lengths(Lengths{5}, 2), {0, 1}, 1, 1, 8, 4); }},
+       [] {
+         predict(Plan::from_lengths(Lengths{5}, 2), {0, 1}, 1, 1, 8, 4);
+       }},
       {"a cost model with a NaN rate",
-       [] { predict(Plan::from_lengths(Lengths{5}, 2), {1, kNan}, 1, 1, 8, 4); }},
+       [] {
+         predict(Plan::from_lengths(Lengths{5}, 2), {1, kNan}, 1, 1, 8, 4);
+       }},
   };
 }
 
 std::vector<BadInput> bad_attention() {
   return {
-      {"`q` in float64", call([](Call& c) { c.q = Tensor(DType::kFloat64, {12, 4, 16}); })},
-      {"`q` in int32", call([](Call& c) { c.q = Tensor(DType::kInt32, {12, 4, 16}); })},
-      {"`k` in another type than `q`", call([](Call& c) { c.k = Tensor(DType::kFloat16, {12, 2, 16}); })},
-      {"`q` with two dimensions", call([](Call& c) { c.q = f32({12, 64}); })},
+      {"`q` in float64", call([](Call& c) {
+         c.q = Tensor(DType::kFloat64, {12, 4, 16});
+       })},
+      {"`q` in int32", call([](Call& c) {
+         c.q = Tensor(DType::kInt32, {12, 4, 16});
+       })},
+      {"`k` in another type than `q`", call([](Call& c) {
+         c.k = Tensor(DType::kFloat16, {12, 2, 16});
+       })},
+      {"`q` with two dimensions", call([](Call& c) {
+         c.q = f32({12, 64});
+       })},
       {"head_dim above 256", call([](Call& c) {
          c.q = f32({12, 4, 264});
          c.k = c.v = f32({12, 2, 264});
@@ -146,24 +167,48 @@ std::vector<BadInput> bad_attention() {
          c.q = c.out = f32({12, 4, 0});
          c.k = c.v = f32({12, 2, 0});
        })},
-      {"another head_dim in `k`", call([](Call& c) { c.k = c.v = f32({12, 2, 8}); })},
-      {"heads that KV heads do not divide", call([](Call& c) { c.k = c.v = f32({12, 3, 16}); })},
-      {"no KV heads", call([](Call& c) { c.k = c.v = f32({12, 0, 16}); })},
-      {"`v` of another shape than `k`", call([](Call& c) { c.v = f32({12, 1, 16}); })},
-      {"rows that are not the plan's", call([](Call& c) { c.cu_seqlens = {0, 5, 13}; })},
-      {"`k` with fewer rows", call([](Call& c) { c.k = c.v = f32({11, 2, 16}); })},
-      {"a last stride that is not 1", call([](Call& c) { c.q = f32({12, 4, 16, 2}).select(3, 0); })},
-      {"`out` in another type", call([](Call& c) { c.out = Tensor(DType::kBFloat16, {12, 4, 16}); })},
-      {"`out` of another shape", call([](Call& c) { c.out = f32({12, 2, 16}); })},
-      {"`lse` in float64", call([](Call& c) { c.lse = Tensor(DType::kFloat64, {12, 4}); })},
-      {"`lse` with heads first", call([](Call& c) { c.lse = f32({4, 12}); })},
+      {"another head_dim in `k`", call([](Call& c) {
+         c.k = c.v = f32({12, 2, 8});
+       })},
+      {"heads that KV heads do not divide", call([](Call& c) {
+         c.k = c.v = f32({12, 3, 16});
+       })},
+      {"no KV heads", call([](Call& c) {
+         c.k = c.v = f32({12, 0, 16});
+       })},
+      {"`v` of another shape than `k`", call([](Call& c) {
+         c.v = f32({12, 1, 16});
+       })},
+      {"rows that are not the plan's", call([](Call& c) {
+         c.cu_seqlens = {0, 5, 13};
+       })},
+      {"`k` with fewer rows", call([](Call& c) {
+         c.k = c.v = f32({11, 2, 16});
+       })},
+      {"a last stride that is not 1", call([](Call& c) {
+         c.q = f32({12, 4, 16, 2}).select(3, 0);
+       })},
+      {"`out` in another type", call([](Call& c) {
+         c.out = Tensor(DType::kBFloat16, {12, 4, 16});
+       })},
+      {"`out` of another shape", call([](Call& c) {
+         c.out = f32({12, 2, 16});
+       })},
+      {"`lse` in float64", call([](Call& c) {
+         c.lse = Tensor(DType::kFloat64, {12, 4});
+       })},
+      {"`lse` with heads first", call([](Call& c) {
+         c.lse = f32({4, 12});
+       })},
       {"a NaN scale", call([](Call& c) { c.options.softmax_scale = kNan; })},
       {"an infinite scale",
        call([](Call& c) { c.options.softmax_scale = std::numeric_limits<double>::infinity(); })},
       {"a negative softcap", call([](Call& c) { c.options.softcap = -3; })},
       {"a NaN softcap", call([](Call& c) { c.options.softcap = kNan; })},
       {"window_left of -2", call([](Call& c) { c.options.mask.window_left = -2; })},
-      {"window_right of -7", call([](Call& c) { c.options.mask = {false, -1, -7}; })},
+      {"window_right of -7", call([](Call& c) {
+         c.options.mask = {false, -1, -7};
+       })},
       {"a stage that does not divide the KV heads",
        call([](Call& c) { c.options.kv_heads_per_stage = 3; })},
       {"a negative stage", call([](Call& c) { c.options.kv_heads_per_stage = -1; })},
@@ -187,11 +232,18 @@ std::vector<BadInput> bad_attention() {
          q.data = nullptr;
          forward(q, c.k, c.v, c.plan(), forbidden(), {}, c.out, c.lse);
        }},
-      {"`dout` of another shape", call_backward([](Call& c) { c.dout = f32({12, 2, 16}); })},
-      {"`dq` in another type",
-       call_backward([](Call& c) { c.dq = Tensor(DType::kFloat16, {12, 4, 16}); })},
-      {"`dk` with the heads of `q`", call_backward([](Call& c) { c.dk = f32({12, 4, 16}); })},
-      {"`dv` with fewer rows", call_backward([](Call& c) { c.dv = f32({11, 2, 16}); })},
+      {"`dout` of another shape", call_backward([](Call& c) {
+         c.dout = f32({12, 2, 16});
+       })},
+      {"`dq` in another type", call_backward([](Call& c) {
+         c.dq = Tensor(DType::kFloat16, {12, 4, 16});
+       })},
+      {"`dk` with the heads of `q`", call_backward([](Call& c) {
+         c.dk = f32({12, 4, 16});
+       })},
+      {"`dv` with fewer rows", call_backward([](Call& c) {
+         c.dv = f32({11, 2, 16});
+       })},
   };
 }
 
@@ -199,31 +251,59 @@ std::vector<BadInput> bad_layout() {
   const auto plan = [] { return Plan::from_lengths(Lengths{8, 4}, 2); };
   return {
       {"shard: `x` with other rows than the pack",
-       [=] { shard(f32({11, 2}), plan(), 0, f32({6, 2})); }},
+       [=] {
+         shard(f32({11, 2}), plan(), 0, f32({6, 2}));
+       }},
       {"shard: `out` with other rows than the rank",
-       [=] { shard(f32({12, 2}), plan(), 0, f32({7, 2})); }},
-      {"shard: `out` with other columns", [=] { shard(f32({12, 2}), plan(), 0, f32({6, 3})); }},
+       [=] {
+         shard(f32({12, 2}), plan(), 0, f32({7, 2}));
+       }},
+      {"shard: `out` with other columns",
+       [=] {
+         shard(f32({12, 2}), plan(), 0, f32({6, 3}));
+       }},
       {"shard: `out` in another type",
-       [=] { shard(f32({12, 2}), plan(), 0, Tensor(DType::kFloat16, {6, 2})); }},
+       [=] {
+         shard(f32({12, 2}), plan(), 0, Tensor(DType::kFloat16, {6, 2}));
+       }},
       {"shard: a scalar", [=] { shard(f32({}), plan(), 0, f32({6})); }},
-      {"shard: rank 2 of 2", [=] { shard(f32({12, 2}), plan(), 2, f32({6, 2})); }},
+      {"shard: rank 2 of 2",
+       [=] {
+         shard(f32({12, 2}), plan(), 2, f32({6, 2}));
+       }},
       {"unshard: one part for two ranks",
        [=] {
          const std::vector<TensorView> parts{f32({6, 2})};
          unshard(parts, plan(), f32({12, 2}));
        }},
       {"unshard_rank: `part` with other rows",
-       [=] { unshard_rank(f32({5, 2}), plan(), 0, f32({12, 2})); }},
+       [=] {
+         unshard_rank(f32({5, 2}), plan(), 0, f32({12, 2}));
+       }},
       {"extract: one prefix for two documents",
-       [=] { extract(f32({12, 2}), plan(), std::vector<int64_t>{4}, f32({8, 2})); }},
+       [=] {
+         extract(f32({12, 2}), plan(), std::vector<int64_t>{4}, f32({8, 2}));
+       }},
       {"extract: a prefix of 5 of 4 chunks",
-       [=] { extract(f32({12, 2}), plan(), std::vector<int64_t>{5, 0}, f32({8, 2})); }},
+       [=] {
+         extract(f32({12, 2}), plan(), std::vector<int64_t>{5, 0}, f32({8, 2}));
+       }},
       {"extract: a negative prefix",
-       [=] { extract(f32({12, 2}), plan(), std::vector<int64_t>{-1, 0}, f32({0, 2})); }},
+       [=] {
+         extract(f32({12, 2}), plan(), std::vector<int64_t>{-1, 0}, f32({0, 2}));
+       }},
       {"extract: `out` with other rows than the prefixes",
-       [=] { extract(f32({12, 2}), plan(), std::vector<int64_t>{4, 0}, f32({9, 2})); }},
-      {"scatter: `grad` with other rows", [=] { scatter(f32({6, 2}), plan(), 0, f32({6, 2})); }},
-      {"slice: beyond the end", [] { (void)f32({4, 2}).slice(0, 3, 2); }},
+       [=] {
+         extract(f32({12, 2}), plan(), std::vector<int64_t>{4, 0}, f32({9, 2}));
+       }},
+      {"scatter: `grad` with other rows",
+       [=] {
+         scatter(f32({6, 2}), plan(), 0, f32({6, 2}));
+       }},
+      {"slice: beyond the end",
+       [] {
+         (void)f32({4, 2}).slice(0, 3, 2);
+       }},
       {"a type that does not exist", [] { parse_dtype("float8"); }},
       {"a twin that does not exist", [] { parse_kernels("triton"); }},
       {"a group of no ranks", [] { Communicator::threads(0); }},

@@ -1,12 +1,11 @@
 // Traps of packed documents and of their layout: offsets, short documents, huge offsets, positions.
-#include <sys/mman.h>
-
 #include <array>
 #include <cstdint>
 #include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
 #include "support/attention_case.h"
 #include "support/compare.h"

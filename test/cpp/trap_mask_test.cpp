@@ -54,8 +54,10 @@ void expect_counts(const AttentionCase& problem, const AttentionResult& result) 
         keys += 1;
         sum += static_cast<double>(j);
       }
-      ASSERT_NEAR(load(result.lse, token), std::log(keys), 1e-5) << problem.text() << " token " << token;
-      ASSERT_NEAR(load(result.out, token * 8), sum / keys, 1e-5 * (1 + sum / keys)) << "token " << token;
+      ASSERT_NEAR(load(result.lse, token), std::log(keys), 1e-5)
+          << problem.text() << " token " << token;
+      ASSERT_NEAR(load(result.out, token * 8), sum / keys, 1e-5 * (1 + sum / keys))
+          << "token " << token;
       ASSERT_NEAR(load(result.out, token * 8 + 1), 1.0, 1e-5) << "token " << token;
     }
   }

@@ -188,7 +188,8 @@ TEST(Trap14, APlanForAnotherGroupIsRefused) {
     run_rank(problem, Plan::from_lengths(problem.lengths, 3), communicator, make_result(problem));
   });
   for (const std::string& error : errors) {
-    EXPECT_NE(error.find("the plan is for 3 ranks and the group has 2"), std::string::npos) << error;
+    EXPECT_NE(error.find("the plan is for 3 ranks and the group has 2"), std::string::npos)
+        << error;
   }
 }
 
@@ -216,7 +217,8 @@ TEST_F(Trap17, ARankThatDiesEndsItsPeers) {
   });
   EXPECT_EQ(errors[2], "exception: out of memory");
   for (const std::size_t r : {0U, 1U, 3U}) {
-    EXPECT_TRUE(errors[r].starts_with("CommunicationError: rank " + std::to_string(r))) << errors[r];
+    EXPECT_TRUE(errors[r].starts_with("CommunicationError: rank " + std::to_string(r)))
+        << errors[r];
     EXPECT_NE(errors[r].find("rank 2"), std::string::npos) << errors[r];
   }
 }

@@ -90,7 +90,8 @@ std::mutex& printing() {
   return mutex;
 }
 
-void print_outcome(int rank, int world_size, const char* test, const std::vector<std::pair<char, Outcome>>& parts) {
+void print_outcome(int rank, int world_size, const char* test,
+                   const std::vector<std::pair<char, Outcome>>& parts) {
   if (rank != 0) return;
   const std::lock_guard lock(printing());
   fmt::print("World size {}\n[Rank {}] Test: {}\n", world_size, rank, test);
@@ -130,7 +131,8 @@ void test_extract(const char* name, const Shape& shape, bool late) {
         for (int64_t d = 0; d < plan.num_documents(); ++d) {
           const int64_t count = shape.lengths[static_cast<std::size_t>(d)] / (late ? 1 : 2);
           const int64_t begin = plan.cu_seqlens()[static_cast<std::size_t>(d)];
-          const auto part = differences(fused.slice(0, row, count), sequence.slice(0, begin, count));
+          const auto part =
+              differences(fused.slice(0, row, count), sequence.slice(0, begin, count));
           outcome.truth.most = part.most <= outcome.truth.most ? outcome.truth.most : part.most;
           row += count;
         }
@@ -165,8 +167,8 @@ void test_scatter(const char* name, const Shape& shape) {
       for (const int64_t length : shape.lengths) {
         const int64_t chunk = length / (2 * world_size);
         for (const int64_t index : {rank, 2 * world_size - 1 - rank}) {
-          const auto part = differences(fused.slice(0, row, chunk),
-                                        grad.slice(0, start + index * chunk, chunk));
+          const auto part =
+              differences(fused.slice(0, row, chunk), grad.slice(0, start + index * chunk, chunk));
           outcome.truth.most = part.most <= outcome.truth.most ? outcome.truth.most : part.most;
           row += chunk;
         }
@@ -226,7 +228,8 @@ TEST(ZigzagComponents, test_triton_kernel_performance) {
     const Plan plan = Plan::from_lengths(shape.lengths, world_size);
     const std::vector<int64_t> prefixes{2 * world_size};
     const double fused = best_ms(5, [&] { extract(gathered, plan, prefixes, out, kFusedTwin); });
-    const double plain = best_ms(1, [&] { extract(gathered, plan, prefixes, out, kReferenceTwin); });
+    const double plain =
+        best_ms(1, [&] { extract(gathered, plan, prefixes, out, kReferenceTwin); });
     const double speedup = plain / fused;
     fmt::print("World size {}\n[Rank 0] Performance Comparison:\n", world_size);
     fmt::print("  Fused kernel: {:.3f} ms\n", fused);

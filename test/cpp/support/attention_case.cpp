@@ -37,7 +37,8 @@ Rows allocate(const AttentionCase& problem, int64_t rows) {
     case Storage::kHeadSlice:
       result.q = Tensor(dtype, {rows, heads + 2, dim}).slice(1, 1, heads);
       result.k = Tensor(dtype, {rows, kv_heads + 3, dim}).slice(1, 1, kv_heads);
-      result.v = Tensor(dtype, {rows, kv_heads + 1, dim + 8}).slice(1, 1, kv_heads).slice(2, 0, dim);
+      result.v =
+          Tensor(dtype, {rows, kv_heads + 1, dim + 8}).slice(1, 1, kv_heads).slice(2, 0, dim);
       break;
     case Storage::kKvPacked: {
       result.q = Tensor(dtype, {rows, heads, dim});
@@ -136,9 +137,9 @@ void run_rank(const AttentionCase& problem, const Plan& plan, const Communicator
 
   const bool sliced = problem.storage == Storage::kHeadSlice;
   const Tensor out = allocate(problem, rows).q;
-  const Tensor lse = sliced ? Tensor(DType::kFloat32, {rows, problem.heads + 3})
-                                  .slice(1, 2, problem.heads)
-                            : Tensor(DType::kFloat32, {rows, problem.heads});
+  const Tensor lse =
+      sliced ? Tensor(DType::kFloat32, {rows, problem.heads + 3}).slice(1, 2, problem.heads)
+             : Tensor(DType::kFloat32, {rows, problem.heads});
   forward(inputs.q, inputs.k, inputs.v, plan, communicator, problem.options, out, lse);
   expect_written("out", out, rank);
   expect_written("lse", lse, rank);
@@ -236,9 +237,8 @@ void expect_exact_attention(const AttentionCase& problem, const AttentionResult&
     const std::vector<double> found = values(actual);
     if (narrow) {
       const Difference error = compare(values(alone), expected);
-      bound = {factor * error.relative_l2, error.reference_max == 0
-                                               ? 0
-                                               : factor * error.max_abs / error.reference_max};
+      bound = {factor * error.relative_l2,
+               error.reference_max == 0 ? 0 : factor * error.max_abs / error.reference_max};
       // What one rank may be off by at all: about the type's own rounding.
       const double most = problem.dtype == DType::kBFloat16 ? 1e-2 : 1.5e-3;
       if (error.reference_max > 1e-12) EXPECT_LE(error.relative_l2, most) << name << " on one rank";

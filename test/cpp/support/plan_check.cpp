@@ -19,12 +19,12 @@ std::string broken(const char* rule, int line, const Plan& plan, const Lengths& 
                      plan.world_size(), lengths_text(lengths), more);
 }
 
-#define HOLDS(rule)                                                          \
-  do {                                                                       \
-    if (!(rule)) return broken(#rule, __LINE__, plan, lengths);              \
+#define HOLDS(rule)                                             \
+  do {                                                          \
+    if (!(rule)) return broken(#rule, __LINE__, plan, lengths); \
   } while (false)
-#define HOLDS_FOR(rule, mask)                                                \
-  do {                                                                       \
+#define HOLDS_FOR(rule, mask)                                                    \
+  do {                                                                           \
     if (!(rule)) return broken(#rule, __LINE__, plan, lengths, mask_text(mask)); \
   } while (false)
 
@@ -141,7 +141,9 @@ std::string check_work(const Plan& plan, const Lengths& lengths, const Mask& mas
     const std::vector<int64_t> positions = plan.position_ids(r);
     const int64_t gathered = plan.gathered_tokens(r, mask);
     HOLDS_FOR(gathered_all[at(r)] == gathered, mask);
-    HOLDS_FOR(bytes_all[at(r)] == 2.0 * 2 * 8 * 4 * static_cast<double>(gathered - plan.local_tokens(r)), mask);
+    HOLDS_FOR(
+        bytes_all[at(r)] == 2.0 * 2 * 8 * 4 * static_cast<double>(gathered - plan.local_tokens(r)),
+        mask);
     HOLDS_FOR(plan.gathered_bytes(r, 2, 8, 4, mask) == bytes_all[at(r)], mask);
 
     // Segments fill the gathered buffer exactly once, with the tokens that the ranges name.
@@ -152,8 +154,7 @@ std::string check_work(const Plan& plan, const Lengths& lengths, const Mask& mas
       source = segment.source;
       for (int64_t i = 0; i < segment.rows; ++i) {
         HOLDS_FOR(buffer[at(segment.destination_row + i)] == -1, mask);
-        buffer[at(segment.destination_row + i)] =
-            plan.global_token(source, segment.source_row + i);
+        buffer[at(segment.destination_row + i)] = plan.global_token(source, segment.source_row + i);
       }
     }
     int64_t row = 0;
