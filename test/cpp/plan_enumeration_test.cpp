@@ -1,4 +1,5 @@
 // Every pack of up to three documents with lengths 0..4W+1, for W up to 4, and random packs.
+#include <algorithm>
 #include <cstdint>
 #include <iostream>
 
@@ -64,6 +65,31 @@ TEST(PlanEnumeration, PiecesAddUpToTheItems) {
 TEST(PlanEnumeration, WorkOfRanksDiffersByTheStatedBound) {
   for_each_small_pack(
       [](const Lengths& lengths, const Plan& plan) { return check_balance(plan, lengths); });
+}
+
+TEST(PlanEnumeration, WorkOfOneDocumentDiffersByTheStatedBound) {
+  // Whatever the documents before it left of the extras: what the last document adds.
+  for (int64_t world = 2; world <= 12; ++world) {
+    for (int64_t before = 0; before < 2 * world; ++before) {
+      for (int64_t length = 1; length <= 5 * world; ++length) {
+        for (const int64_t empty : {0, 1}) {
+          Lengths lengths(static_cast<std::size_t>(1 + empty), 0);
+          lengths[0] = before;
+          const auto base = Plan::from_lengths(lengths, world).visible_pairs_all();
+          lengths.push_back(length);
+          const auto pairs = Plan::from_lengths(lengths, world).visible_pairs_all();
+          double least = pairs[0] - base[0];
+          double most = least;
+          for (std::size_t r = 1; r < pairs.size(); ++r) {
+            least = std::min(least, pairs[r] - base[r]);
+            most = std::max(most, pairs[r] - base[r]);
+          }
+          const double bound = length % (2 * world) == 0 ? 0 : 2.0 * static_cast<double>(length);
+          ASSERT_LE(most - least, bound) << world << " ranks, lengths " << lengths_text(lengths);
+        }
+      }
+    }
+  }
 }
 
 TEST(PlanRandom, HundredThousandPacks) {

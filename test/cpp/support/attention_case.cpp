@@ -241,7 +241,9 @@ void expect_exact_attention(const AttentionCase& problem, const AttentionResult&
                error.reference_max == 0 ? 0 : factor * error.max_abs / error.reference_max};
       // What one rank may be off by at all: about the type's own rounding.
       const double most = problem.dtype == DType::kBFloat16 ? 1e-2 : 1.5e-3;
-      if (error.reference_max > 1e-12) EXPECT_LE(error.relative_l2, most) << name << " on one rank";
+      if (error.reference_max > 1e-12) {
+        EXPECT_LE(error.relative_l2, most) << name << " on one rank";
+      }
     }
     // Gradients that cancel to nothing (every document has one token) have no scale of their own.
     const Difference difference = compare(found, expected);

@@ -231,7 +231,7 @@ std::string check_balance(const Plan& plan, const Lengths& lengths) {
     if (length % plan.num_chunks() != 0) uneven += static_cast<double>(length);
   }
   const auto [least, most] = std::minmax_element(pairs.begin(), pairs.end());
-  HOLDS(2 * (*most - *least) <= 3 * uneven);
+  HOLDS(*most - *least <= 2 * uneven);
   return {};
 }
 

@@ -29,8 +29,8 @@ std::string check_work(const Plan& plan, const Lengths& lengths, const Mask& mas
 /// Pieces of the causal backward: every visible pair once, nothing else.
 std::string check_pieces(const Plan& plan, const Lengths& lengths);
 
-/// The causal work of ranks differs by at most 3/2 pairs for each token of the documents whose
-/// length 2W does not divide. docs/testing.md proves it.
+/// The causal work of ranks differs by at most two pairs for each token of the documents whose
+/// length 2W does not divide. docs/layout.md derives it.
 std::string check_balance(const Plan& plan, const Lengths& lengths);
 
 }  // namespace zigzag::test
