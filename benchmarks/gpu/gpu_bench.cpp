@@ -1,5 +1,5 @@
 // Benchmarks on GPUs: gpu_bench [--json FILE] SECTION..., with sections copy, layout, attention,
-// float32, peer[:W], nccl[:W]. Prints a short table and writes every number to the file.
+// float32, peer[:W], nccl[:W], real[:W]. Prints a short table and writes every number to the file.
 #include "gpu_bench.h"
 
 #include <algorithm>
@@ -108,6 +108,8 @@ int run(int argc, char** argv) {
         bench_attention(report, DType::kBFloat16);
       } else if (name == "float32") {
         bench_attention(report, DType::kFloat32);
+      } else if (name == "real") {
+        bench_real(report, world_size);
       } else if (name == "peer" || name == "nccl") {
         bench_ranks(report, name, world_size, 40);
       } else {

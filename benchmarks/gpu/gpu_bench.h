@@ -37,5 +37,6 @@ void bench_copy(nlohmann::json& report);
 void bench_layout(nlohmann::json& report);
 void bench_attention(nlohmann::json& report, DType dtype);
 void bench_ranks(nlohmann::json& report, const std::string& comm, int world_size, int iterations);
+void bench_real(nlohmann::json& report, int world_size);
 
 }  // namespace zigzag::gpu_bench

@@ -1,9 +1,11 @@
 // Attention on one GPU, and over ranks with exchanges.
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdio>
 #include <exception>
-#include <mutex>
+#include <numeric>
+#include <random>
 #include <thread>
 
 #include <cuda_runtime_api.h>
@@ -18,22 +20,24 @@ namespace {
 
 using std::int64_t;
 
-constexpr int64_t kHeads = 32;
-constexpr int64_t kKvHeads = 8;
-constexpr int64_t kHeadDim = 128;
+struct Heads {
+  int64_t q = 32;
+  int64_t kv = 8;
+  int64_t dim = 128;
+};
 
 /// A rank's tensors of one step.
 struct Step {
-  Step(int64_t rows, DType dtype, Device device, std::uint64_t seed)
-      : q(random_tensor({rows, kHeads, kHeadDim}, dtype, device, seed)),
-        k(random_tensor({rows, kKvHeads, kHeadDim}, dtype, device, seed + 1)),
-        v(random_tensor({rows, kKvHeads, kHeadDim}, dtype, device, seed + 2)),
-        dout(random_tensor({rows, kHeads, kHeadDim}, dtype, device, seed + 3)),
-        out(random_tensor({rows, kHeads, kHeadDim}, dtype, device, seed + 4)),
-        lse(random_tensor({rows, kHeads}, DType::kFloat32, device, seed + 5)),
-        dq(random_tensor({rows, kHeads, kHeadDim}, dtype, device, seed + 6)),
-        dk(random_tensor({rows, kKvHeads, kHeadDim}, dtype, device, seed + 7)),
-        dv(random_tensor({rows, kKvHeads, kHeadDim}, dtype, device, seed + 8)) {}
+  Step(int64_t rows, const Heads& heads, DType dtype, Device device, std::uint64_t seed)
+      : q(random_tensor({rows, heads.q, heads.dim}, dtype, device, seed)),
+        k(random_tensor({rows, heads.kv, heads.dim}, dtype, device, seed + 1)),
+        v(random_tensor({rows, heads.kv, heads.dim}, dtype, device, seed + 2)),
+        dout(random_tensor({rows, heads.q, heads.dim}, dtype, device, seed + 3)),
+        out(random_tensor({rows, heads.q, heads.dim}, dtype, device, seed + 4)),
+        lse(random_tensor({rows, heads.q}, DType::kFloat32, device, seed + 5)),
+        dq(random_tensor({rows, heads.q, heads.dim}, dtype, device, seed + 6)),
+        dk(random_tensor({rows, heads.kv, heads.dim}, dtype, device, seed + 7)),
+        dv(random_tensor({rows, heads.kv, heads.dim}, dtype, device, seed + 8)) {}
 
   void forward(const Plan& plan, const Communicator& group, const AttentionOptions& options) const {
     zigzag::forward(q.view, k.view, v.view, plan, group, options, out.view, lse.view);
@@ -74,15 +78,15 @@ struct RankTimes {
 };
 
 /// Attention of the schedule's one stage without any exchange, by CUDA events, mean over packs.
-void time_compute_only(const std::vector<Plan>& plans, int rank, Device device, const Step& step,
-                       void* stream, RankTimes& times) {
+void time_compute_only(const std::vector<Plan>& plans, const Heads& heads, int rank, Device device,
+                       const Step& step, void* stream, RankTimes& times) {
   for (const Plan& plan : plans) {
     const Mask mask;
     const int64_t rows = plan.gathered_tokens(rank, mask);
     const auto backend = make_cuda_backend(device, Kernels::kFused, stream);
     // The backend's own memory: rows behind the last one are finite there.
     const auto buffer = [&](DType dtype) {
-      TensorView view = TensorView::contiguous(nullptr, dtype, {rows, kKvHeads, kHeadDim}, device);
+      TensorView view = TensorView::contiguous(nullptr, dtype, {rows, heads.kv, heads.dim}, device);
       Buffer memory = backend->allocate(view.num_elements() * item_size(dtype));
       view.data = memory.memory.get();
       return GpuTensor{std::move(memory), view};
@@ -92,7 +96,7 @@ void time_compute_only(const std::vector<Plan>& plans, int rank, Device device, 
     const GpuTensor dk = buffer(DType::kFloat32);
     const GpuTensor dv = buffer(DType::kFloat32);
     const GpuTensor k_values =
-        random_tensor({rows, kKvHeads, kHeadDim}, DType::kBFloat16, device, 5);
+        random_tensor({rows, heads.kv, heads.dim}, DType::kBFloat16, device, 5);
     for (const GpuTensor* tensor : {&k, &v}) {
       cuda::check(cudaMemcpyAsync(tensor->view.data, k_values.view.data,
                                   static_cast<std::size_t>(k_values.view.num_elements() * 2),
@@ -122,7 +126,7 @@ void time_compute_only(const std::vector<Plan>& plans, int rank, Device device, 
   times.attend_backward /= static_cast<double>(plans.size());
 }
 
-RankTimes time_rank(const std::vector<Plan>& plans, const Communicator& threads,
+RankTimes time_rank(const std::vector<Plan>& plans, const Heads& heads, const Communicator& threads,
                     const std::string& comm, int rank, int iterations, int64_t stage) {
   const Device device{DeviceType::kCuda, rank % cuda::device_count()};
   cuda::use_device(device);
@@ -133,7 +137,7 @@ RankTimes time_rank(const std::vector<Plan>& plans, const Communicator& threads,
   AttentionOptions options;
   options.stream = stream.get();
   options.kv_heads_per_stage = stage;
-  const Step step(plans[0].local_tokens(rank), DType::kBFloat16, device,
+  const Step step(plans[0].local_tokens(rank), heads, DType::kBFloat16, device,
                   static_cast<std::uint64_t>(rank) * 16 + 1);
   RankTimes times;
   const auto clocked = [&](bool backward, double& per_iteration, double& enqueue) {
@@ -160,7 +164,7 @@ RankTimes time_rank(const std::vector<Plan>& plans, const Communicator& threads,
   clocked(false, times.forward, times.enqueue_forward);
   clocked(true, times.both, times.enqueue_both);
   group.barrier();
-  time_compute_only(plans, rank, device, step, stream.get(), times);
+  time_compute_only(plans, heads, rank, device, step, stream.get(), times);
   cuda::synchronize(device, stream.get());
   group.barrier();
   return times;
@@ -177,14 +181,15 @@ void bench_attention(nlohmann::json& report, DType dtype) {
   if (dtype != DType::kFloat32) packs.push_back({32768});
   for (const std::vector<int64_t>& lengths : packs) {
     const Plan plan = Plan::from_lengths(lengths, 1);
-    const Step step(plan.total_tokens(), dtype, device, 1);
+    const Heads heads;
+    const Step step(plan.total_tokens(), heads, dtype, device, 1);
     const Communicator group = Communicator::self();
     const bool slow = dtype == DType::kFloat32;
     const Timing forward = time_calls(stream.get(), 3, slow ? 5 : 30,
                                       [&](int) { step.forward(plan, group, options); });
     const Timing backward = time_calls(stream.get(), 3, slow ? 5 : 30,
                                        [&](int) { step.backward(plan, group, options); });
-    const double flops = plan.flops(0, kHeads, kHeadDim);
+    const double flops = plan.flops(0, heads.q, heads.dim);
     nlohmann::json line;
     line["forward"] = forward.json();
     line["forward"]["tflops"] = tflops(flops, forward.median);
@@ -198,40 +203,110 @@ void bench_attention(nlohmann::json& report, DType dtype) {
   }
 }
 
+namespace {
+
+/// Every rank's thread; the slowest rank's times.
+RankTimes time_ranks(const std::vector<Plan>& plans, const Heads& heads, const std::string& comm,
+                     int world_size, int iterations, int64_t stage) {
+  const auto groups = Communicator::threads(world_size);
+  std::vector<RankTimes> times(static_cast<std::size_t>(world_size));
+  std::vector<std::exception_ptr> failures(static_cast<std::size_t>(world_size));
+  std::vector<std::thread> threads;
+  for (int r = 0; r < world_size; ++r) {
+    threads.emplace_back([&, r] {
+      const auto at = static_cast<std::size_t>(r);
+      try {
+        times[at] = time_rank(plans, heads, groups[at], comm, r, iterations, stage);
+      } catch (const std::exception& error) {
+        groups[at].abort(error.what());
+        failures[at] = std::current_exception();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const std::exception_ptr& failure : failures) {
+    if (failure) std::rethrow_exception(failure);
+  }
+  RankTimes worst;
+  for (const RankTimes& one : times) {
+    worst.forward = std::max(worst.forward, one.forward);
+    worst.both = std::max(worst.both, one.both);
+    worst.attend = std::max(worst.attend, one.attend);
+    worst.attend_backward = std::max(worst.attend_backward, one.attend_backward);
+    worst.enqueue_forward = std::max(worst.enqueue_forward, one.enqueue_forward);
+    worst.enqueue_both = std::max(worst.enqueue_both, one.enqueue_both);
+  }
+  return worst;
+}
+
+/// Documents of the lengths that test/data/document_lengths.csv counts, `tokens` tokens in all.
+std::vector<int64_t> real_pack(int64_t tokens, std::uint64_t seed) {
+  constexpr std::array<int64_t, 15> kBounds{0,    10,   50,    100,   200,   500,    1024,  2048,
+                                            4096, 8192, 16384, 32768, 65536, 131072, 196608};
+  constexpr std::array<double, 14> kCounts{30254,   391188,  699596, 1377757, 3794735,
+                                           3316785, 2106566, 988525, 410002,  173574,
+                                           115007,  18428,   22513,  18284};
+  std::mt19937_64 engine(seed);
+  std::vector<int64_t> lengths;
+  while (tokens > 0) {
+    const double total = std::accumulate(kCounts.begin(), kCounts.end(), 0.0);
+    double at = static_cast<double>(engine() >> 11) * 0x1p-53 * total;
+    std::size_t bin = 0;
+    while (bin + 1 < kCounts.size() && at >= kCounts[bin]) at -= kCounts[bin++];
+    const int64_t width = kBounds[bin + 1] - kBounds[bin];
+    const int64_t length =
+        kBounds[bin] + 1 + static_cast<int64_t>(engine() % static_cast<std::uint64_t>(width));
+    lengths.push_back(std::min(length, tokens));
+    tokens -= lengths.back();
+  }
+  return lengths;
+}
+
+}  // namespace
+
+void bench_real(nlohmann::json& report, int world_size) {
+  const Heads heads{64, 8, 128};
+  for (const int64_t tokens_a_gpu : {int64_t{32768}, int64_t{65536}}) {
+    for (const std::uint64_t seed : {1, 2, 3}) {
+      const std::vector<int64_t> pack = real_pack(tokens_a_gpu * world_size, seed);
+      const std::vector<Plan> alone{Plan::from_lengths(pack, 1)};
+      const std::vector<Plan> shared{Plan::from_lengths(pack, world_size)};
+      const RankTimes one = time_ranks(alone, heads, "peer", 1, 6, 0);
+      const RankTimes all = time_ranks(shared, heads, "peer", world_size, 8, 0);
+      const double flops = alone[0].flops(0, heads.q, heads.dim);
+      const double backward = all.both - all.forward;
+      const double forward_share = one.forward / world_size / all.forward;
+      const double backward_share = (one.both - one.forward) / world_size / backward;
+      const std::string name = "W" + std::to_string(world_size) + " " +
+                               std::to_string(tokens_a_gpu) + " tokens a GPU, pack " +
+                               std::to_string(seed);
+      report["real"][name] = {{"documents", pack.size()},
+                              {"longest", *std::max_element(pack.begin(), pack.end())},
+                              {"forward_ms", all.forward * 1e3},
+                              {"backward_ms", backward * 1e3},
+                              {"one_gpu_forward_ms", one.forward * 1e3},
+                              {"one_gpu_backward_ms", (one.both - one.forward) * 1e3},
+                              {"forward_tflops_a_gpu", flops / world_size / all.forward / 1e12},
+                              {"backward_tflops_a_gpu", 2.5 * flops / world_size / backward / 1e12},
+                              {"forward_of_one_gpu", forward_share},
+                              {"backward_of_one_gpu", backward_share}};
+      std::printf(
+          "real       %-34s %4zu documents  fwd %6.1f TFLOP/s a GPU (%.1f%% of one GPU / W)  bwd "
+          "%6.1f (%.1f%%)\n",
+          name.c_str(), pack.size(), flops / world_size / all.forward / 1e12, 100 * forward_share,
+          2.5 * flops / world_size / backward / 1e12, 100 * backward_share);
+      std::fflush(stdout);
+    }
+  }
+}
+
 void bench_ranks(nlohmann::json& report, const std::string& comm, int world_size, int iterations) {
   std::vector<Plan> plans;
   for (const std::vector<int64_t>& pack : packs_for(world_size)) {
     plans.push_back(Plan::from_lengths(pack, world_size));
   }
-  for (const int64_t stage : {int64_t{0}, kKvHeads, kKvHeads / 2, kKvHeads / 4}) {
-    const auto groups = Communicator::threads(world_size);
-    std::vector<RankTimes> times(static_cast<std::size_t>(world_size));
-    std::vector<std::exception_ptr> failures(static_cast<std::size_t>(world_size));
-    std::vector<std::thread> threads;
-    for (int r = 0; r < world_size; ++r) {
-      threads.emplace_back([&, r] {
-        const auto at = static_cast<std::size_t>(r);
-        try {
-          times[at] = time_rank(plans, groups[at], comm, r, iterations, stage);
-        } catch (const std::exception& error) {
-          groups[at].abort(error.what());
-          failures[at] = std::current_exception();
-        }
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
-    for (const std::exception_ptr& failure : failures) {
-      if (failure) std::rethrow_exception(failure);
-    }
-    RankTimes worst;
-    for (const RankTimes& one : times) {
-      worst.forward = std::max(worst.forward, one.forward);
-      worst.both = std::max(worst.both, one.both);
-      worst.attend = std::max(worst.attend, one.attend);
-      worst.attend_backward = std::max(worst.attend_backward, one.attend_backward);
-      worst.enqueue_forward = std::max(worst.enqueue_forward, one.enqueue_forward);
-      worst.enqueue_both = std::max(worst.enqueue_both, one.enqueue_both);
-    }
+  for (const int64_t stage : {0, 8, 4, 2}) {
+    const RankTimes worst = time_ranks(plans, Heads{}, comm, world_size, iterations, stage);
     const std::string name = comm + " W" + std::to_string(world_size) + " stage " +
                              (stage == 0 ? "auto" : std::to_string(stage));
     report["ranks"][name] = {{"forward_per_s", 1 / worst.forward},

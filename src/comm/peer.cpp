@@ -84,6 +84,12 @@ class PeerTransport final : public Transport {
       const TensorView copy = packed_like(sources[t], packed + offsets[t], table.local_tokens);
       cuda::copy_rows(sources[t], copy, whole, 0, stream);
     }
+    group_.packed(stream);
+    std::vector<Segment> own = table.receives[static_cast<std::size_t>(rank())];
+    for (Segment& segment : own) segment.source = 0;
+    for (std::size_t t = 0; t < sources.size(); ++t) {
+      cuda::copy_rows(sources[t], destinations[t], own, list_key(table, kOwn), stream);
+    }
     const std::vector<std::int64_t> all_offsets = group_.publish(offsets, step, stream);
     for (std::size_t t = 0; t < sources.size(); ++t) {
       pull(t, sources.size(), all_offsets, destinations[t], table, stream);
@@ -105,12 +111,12 @@ class PeerTransport final : public Transport {
   }
 
  private:
-  /// Fetches the rows of tensor t from every rank, its own included.
+  /// Fetches the rows of tensor t from every other rank.
   void pull(std::size_t t, std::size_t tensors, const std::vector<std::int64_t>& offsets,
             const TensorView& destination, const ExchangeTable& table, cudaStream_t stream) {
     std::vector<TensorView> sources;
     std::vector<Segment> segments;
-    for (int i = 0; i < size(); ++i) {
+    for (int i = 0; i + 1 < size(); ++i) {
       // Ranks start behind themselves, so that they do not all read one GPU at once.
       const int peer = (rank() + 1 + i) % size();
       const auto at = static_cast<std::size_t>(peer);
@@ -146,6 +152,7 @@ class PeerTransport final : public Transport {
                        std::span<const TensorView> destinations, const ExchangeTable& table,
                        const Step& step, cudaStream_t stream) {
     (void)group_.begin(1, stream);
+    group_.packed(stream);
     std::vector<std::int64_t> addresses;
     for (const TensorView& partial : partials) {
       addresses.push_back(
@@ -193,6 +200,7 @@ class PeerTransport final : public Transport {
       const TensorView copy = packed_like(partials[t], packed + offsets[t], rows);
       cuda::copy_rows(partials[t], copy, packing, list_key(table, kPackPartials), stream);
     }
+    group_.packed(stream);
     std::vector<std::int64_t> values = offsets;
     values.insert(values.end(), first_rows.begin(), first_rows.end());
     const std::vector<std::int64_t> all = group_.publish(values, step, stream);

@@ -216,12 +216,15 @@ void* PeerGroup::begin(std::int64_t bytes, cudaStream_t stream) {
   return share_->reserve(slot, bytes);
 }
 
+void PeerGroup::packed(cudaStream_t stream) {
+  const auto ring = static_cast<std::size_t>(exchange_ % kPeerRing);
+  check(cudaEventRecord(share_->ready[ring], stream), "cudaEventRecord");
+}
+
 std::vector<std::int64_t> PeerGroup::publish(const std::vector<std::int64_t>& values,
                                              const Step& step, cudaStream_t stream) {
   const auto slot = static_cast<std::size_t>(exchange_ % kPeerSlots);
   const auto ring = static_cast<std::size_t>(exchange_ % kPeerRing);
-  check(cudaEventRecord(share_->ready[ring], stream), "cudaEventRecord");
-
   Header header;
   header.exchange = exchange_;
   header.address = reinterpret_cast<std::uintptr_t>(share_->slots[slot]);

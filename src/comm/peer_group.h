@@ -66,8 +66,11 @@ class PeerGroup {
   /// Starts an exchange on `stream`: returns memory of `bytes` bytes that peers will read, once
   /// nobody reads what was in it.
   void* begin(std::int64_t bytes, cudaStream_t stream);
-  /// Publishes that memory, and `values` (as many on every rank), as of the work given to `stream`
-  /// so far; returns every rank's values. From here on `stream` may read peers' memory.
+  /// That memory holds what peers will read once the work given to `stream` so far is done. Work
+  /// given between here and publish needs no peer and fills the wait for them.
+  void packed(cudaStream_t stream);
+  /// Publishes that memory, and `values` (as many on every rank); returns every rank's values. From
+  /// here on `stream` may read peers' memory.
   std::vector<std::int64_t> publish(const std::vector<std::int64_t>& values, const Step& step,
                                     cudaStream_t stream);
   /// A peer's memory of this exchange, after publish.
