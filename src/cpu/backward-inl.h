@@ -37,7 +37,6 @@ struct BackwardScratch {
     dk = carver.floats(kBlockKeys * stride);
     dv = carver.floats(kBlockKeys * stride);
     weights = carver.floats(kBlockKeys * kPanelLanes);
-    slopes = carver.floats(kBlockKeys * kPanelLanes);
     dscores = carver.floats(kBlockKeys * kPanelLanes);
     rows = carver.floats(kPanelLanes * stride);
     bytes = carver.bytes();
@@ -57,7 +56,6 @@ struct BackwardScratch {
   float* dk;             // [kBlockKeys, stride] sums of this task
   float* dv;             // [kBlockKeys, stride]
   float* weights;        // [kBlockKeys, width] 2^(score - lse)
-  float* slopes;         // [kBlockKeys, width] slope of the softcap
   float* dscores;        // [kBlockKeys, width]
   float* rows;           // [kPanelLanes, stride]
   std::size_t bytes;
@@ -69,21 +67,12 @@ inline HWY_ATTR void add_outer(const float* factors, std::int64_t width, const f
                                const BlockRange& range, float* sums) {
   const auto chunk = [&](auto vectors, std::int64_t c) HWY_ATTR {
     constexpr int kVectors = decltype(vectors)::value;
-    const Floats d;
     for (std::int64_t key = range.begin; key < range.end; key += kTileRows) {
       Tile<kVectors> tile;
       float* at = sums + key * stride + c;
-      for (int i = 0; i < kTileRows; ++i) {
-        for (int v = 0; v < kVectors; ++v) {
-          tile.value[i][v] = hn::Load(d, at + i * stride + v * kVectorLanes);
-        }
-      }
+      load(at, stride, tile);
       multiply<false>(factors + key * width, width, rows + c, stride, lanes, tile);
-      for (int i = 0; i < kTileRows; ++i) {
-        for (int v = 0; v < kVectors; ++v) {
-          hn::Store(tile.value[i][v], d, at + i * stride + v * kVectorLanes);
-        }
-      }
+      store(tile, at, stride);
     }
   };
   for (std::int64_t c = 0; c < columns;) {
@@ -102,13 +91,61 @@ inline HWY_ATTR void add_outer(const float* factors, std::int64_t width, const f
   }
 }
 
+/// Products of a panel's lanes and a block's rows: to(key, lane) = rows(key) . lanes(lane).
+template <int kVectors>
+HWY_INLINE void multiply_rows(const float* rows, std::int64_t stride, const float* lanes,
+                              std::int64_t head_dim, const BlockRange& range, float* to) {
+  constexpr int kWidth = kVectors * kVectorLanes;
+  for (int key = range.begin; key < range.end; key += kTileRows) {
+    Tile<kVectors> tile;
+    set_zero(tile);
+    multiply<false>(rows + key * stride, stride, lanes, kWidth, head_dim, tile);
+    store(tile, to + key * kWidth, kWidth);
+  }
+}
+
+/// Turns products q.k in `weights` into weights and products dout.v in `dscores` into gradients of
+/// scores. kPlain: no cap, and every lane sees every key.
+template <bool kPlain>
+HWY_ATTR void differentiate(const Problem& problem, const PanelMask& mask, const Panel& panel,
+                            const BlockRange& range, const BackwardScratch& scratch) {
+  const Floats d;
+  const FloatVec scale = hn::Set(d, problem.log2_factor());
+  for (int lane = 0; lane < panel.width; lane += kVectorLanes) {
+    const FloatVec lse = hn::Load(d, scratch.lse + panel.offset + lane);
+    const FloatVec delta = hn::Load(d, scratch.delta + panel.offset + lane);
+    for (int key = range.begin; key < range.end; ++key) {
+      float* weight_at = scratch.weights + key * panel.width + lane;
+      float* dscore_at = scratch.dscores + key * panel.width + lane;
+      FloatVec s = hn::Load(d, weight_at);
+      FloatVec slope = hn::Zero(d);
+      if (!kPlain && problem.cap != 0) {
+        const FloatVec tangent = cap_tangent(problem, s);
+        slope = hn::NegMulAdd(tangent, tangent, hn::Set(d, 1.0f));
+        s = hn::Mul(tangent, hn::Set(d, problem.cap));
+      }
+      FloatVec weight = exp2(d, hn::MulSub(s, scale, lse));
+      FloatVec dscore = hn::Mul(weight, hn::Sub(hn::Load(d, dscore_at), delta));
+      if (!kPlain) {
+        if (problem.cap != 0) dscore = hn::Mul(dscore, slope);
+        if (!range.full()) {
+          const auto seen = sees_vector(mask, lane / kVectorLanes, key);
+          weight = hn::IfThenElseZero(seen, weight);
+          dscore = hn::IfThenElseZero(seen, dscore);
+        }
+      }
+      hn::Store(weight, d, weight_at);
+      hn::Store(dscore, d, dscore_at);
+    }
+  }
+}
+
 /// One panel against one block of keys: recomputes the weights P, then dV += P^T dO, dP = dO V^T,
 /// dS = P (dP - delta), dQ += dS K and dK += dS^T Q, the last two still without `scale`.
 template <int kVectors>
 HWY_ATTR void backward_block(const Problem& problem, const RowGroup& group, const Panel& panel,
                              std::int64_t block, const BlockRange& range, bool finite_k,
                              bool finite_rows, const BackwardScratch& scratch) {
-  const Floats d;
   constexpr int kWidth = kVectors * kVectorLanes;
   const std::int64_t head_dim = problem.head_dim;
   const std::int64_t stride = scratch.stride;
@@ -116,46 +153,14 @@ HWY_ATTR void backward_block(const Problem& problem, const RowGroup& group, cons
   const float* dout = scratch.dout + head_dim * panel.offset;
   float* dq = scratch.dq + scratch.columns * panel.offset;
   PanelMask mask;
-    if (!range.full() || !finite_k || !finite_rows) mask.set(problem, group, panel, block);
+  if (!range.full() || !finite_k || !finite_rows) mask.set(problem, group, panel, block);
 
-  const FloatVec one = hn::Set(d, 1.0f);
-  const float inverse_cap = problem.cap == 0 ? 0 : 1 / problem.cap;
-  for (int key = range.begin; key < range.end; key += kTileRows) {
-    Tile<kVectors> tile;
-    set_zero(tile);
-    multiply<false>(scratch.k + key * stride, stride, q, kWidth, head_dim, tile);
-    const bool full = range.full(key, kTileRows);
-    for (int i = 0; i < kTileRows; ++i) {
-      for (int v = 0; v < kVectors; ++v) {
-        const std::int64_t at = (key + i) * kWidth + v * kVectorLanes;
-        const FloatVec s = score(problem, tile.value[i][v]);
-        const FloatVec lse = hn::Load(d, scratch.lse + panel.offset + v * kVectorLanes);
-        FloatVec weight = exp2(d, hn::Sub(s, lse));
-        if (!full) weight = hn::IfThenElseZero(sees_vector(mask, v, key + i), weight);
-        hn::Store(weight, d, scratch.weights + at);
-        if (problem.cap != 0) {
-          const FloatVec tangent = hn::Mul(s, hn::Set(d, inverse_cap));
-          hn::Store(hn::NegMulAdd(tangent, tangent, one), d, scratch.slopes + at);
-        }
-      }
-    }
-  }
-  for (int key = range.begin; key < range.end; key += kTileRows) {
-    Tile<kVectors> tile;
-    set_zero(tile);
-    multiply<false>(scratch.v + key * stride, stride, dout, kWidth, head_dim, tile);
-    const bool full = range.full(key, kTileRows);
-    for (int i = 0; i < kTileRows; ++i) {
-      for (int v = 0; v < kVectors; ++v) {
-        const std::int64_t at = (key + i) * kWidth + v * kVectorLanes;
-        const FloatVec delta = hn::Load(d, scratch.delta + panel.offset + v * kVectorLanes);
-        const FloatVec weight = hn::Load(d, scratch.weights + at);
-        FloatVec dscore = hn::Mul(weight, hn::Sub(tile.value[i][v], delta));
-        if (problem.cap != 0) dscore = hn::Mul(dscore, hn::Load(d, scratch.slopes + at));
-        if (!full) dscore = hn::IfThenElseZero(sees_vector(mask, v, key + i), dscore);
-        hn::Store(dscore, d, scratch.dscores + at);
-      }
-    }
+  multiply_rows<kVectors>(scratch.k, stride, q, head_dim, range, scratch.weights);
+  multiply_rows<kVectors>(scratch.v, stride, dout, head_dim, range, scratch.dscores);
+  if (problem.cap == 0 && range.full()) {
+    differentiate<true>(problem, mask, panel, range, scratch);
+  } else {
+    differentiate<false>(problem, mask, panel, range, scratch);
   }
   add_outer(scratch.weights, kWidth, scratch.dout_rows + panel.offset * stride, stride,
             scratch.columns, panel.lanes, range, scratch.dv);
@@ -167,15 +172,11 @@ HWY_ATTR void backward_block(const Problem& problem, const RowGroup& group, cons
     set_zero(tile);
     multiply<true>(keys + range.begin * stride + c, stride, scratch.dscores + range.begin * kWidth,
                    kWidth, range.end - range.begin, tile);
-    for (int i = 0; i < kTileRows; ++i) {
-      for (int v = 0; v < kVectors; ++v) {
-        float* at = dq + (c + i) * kWidth + v * kVectorLanes;
-        hn::Store(hn::Add(hn::Load(d, at), tile.value[i][v]), d, at);
-      }
-    }
+    accumulate<false>(tile, nullptr, dq + c * kWidth, kWidth);
   }
   if (finite_k && finite_rows) return;
   // 0 times a value that is not finite would be NaN: such values reach only what sees them.
+  const float sign = problem.score_scale < 0 ? -1.0f : 1.0f;
   for (int key = range.begin; key < range.end; ++key) {
     for (int l = 0; l < panel.lanes; ++l) {
       if (!mask.sees(l, key)) continue;
@@ -186,7 +187,7 @@ HWY_ATTR void backward_block(const Problem& problem, const RowGroup& group, cons
         const float q_value = q[c * kWidth + l];
         const float dout_value = dout[c * kWidth + l];
         if (!std::isfinite(k)) dq[c * kWidth + l] += dscore * k;
-        if (!std::isfinite(q_value)) scratch.dk[key * stride + c] += dscore * q_value;
+        if (!std::isfinite(q_value)) scratch.dk[key * stride + c] += dscore * sign * q_value;
         if (!std::isfinite(dout_value)) scratch.dv[key * stride + c] += weight * dout_value;
       }
     }
@@ -207,6 +208,7 @@ inline HWY_ATTR bool start_backward(const Problem& problem, const RowGroup& grou
   load_lanes(problem, args.out, group, panel, stride, scratch.rows);
   transpose(q_rows, stride, panel.width, head_dim, scratch.q + head_dim * panel.offset,
             panel.width);
+  sign_lanes(problem, head_dim * panel.width, scratch.q + head_dim * panel.offset);
   transpose(dout_rows, stride, panel.width, head_dim, scratch.dout + head_dim * panel.offset,
             panel.width);
   for (int l = 0; l < panel.width; ++l) {

@@ -58,7 +58,7 @@ struct Bf16Gradient {
 inline Bf16Gradient gradient(const Problem& problem, const PanelMask& mask, int lane, int key,
                              bool masked, __m512 lse, __m512 delta, __m512 score,
                              __m512 product) {
-  const __m512 factor = _mm512_set1_ps(log2_factor(problem));
+  const __m512 factor = _mm512_set1_ps(problem.log2_factor());
   __m512 slope = _mm512_set1_ps(1.0f);
   if (problem.cap != 0) {
     const __m512 tangent =

@@ -79,18 +79,13 @@ inline __m512 largest_scores(const Problem& problem, const PanelMask& mask, int 
                        _mm512_max_ps(largest[2], largest[3]));
 }
 
-/// What a score is multiplied by to be in units of log2.
-inline float log2_factor(const Problem& problem) {
-  return problem.cap != 0 || problem.score_scale == 0 ? 1.0f : std::fabs(problem.score_scale);
-}
-
 /// The softmax of 16 lanes of a panel over a block: scores become pairs of weights, and out's rows
 /// are scaled when a lane's max moved.
 inline void weigh(const Problem& problem, const PanelMask& mask, const Panel& panel, int lane,
                   const BlockRange& range, bool masked, float* out,
                   const Bf16ForwardScratch& scratch) {
   const int width = panel.width;
-  const __m512 factor = _mm512_set1_ps(log2_factor(problem));
+  const __m512 factor = _mm512_set1_ps(problem.log2_factor());
   const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   float* max_at = scratch.max + panel.offset + lane;
   float* sum_at = scratch.sum + panel.offset + lane;

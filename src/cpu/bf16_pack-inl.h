@@ -183,7 +183,12 @@ inline bool copy_block(const TensorView& x, const RowGroup& group, std::int64_t 
 /// makes them 0 when it is 0.
 inline void sign_rows(float scale, std::int64_t count, std::uint16_t* rows) {
   if (scale > 0) return;
-  for (std::int64_t c = 0; c < count; ++c) rows[c] = scale == 0 ? 0 : rows[c] ^ 0x8000;
+  for (std::int64_t c = 0; c < count; ++c) {
+    // 0 times what is not finite is NaN.
+    const bool finite = (rows[c] & 0x7f80) != 0x7f80;
+    const std::uint16_t zero = finite ? 0 : 0x7fc0;
+    rows[c] = scale == 0 ? zero : static_cast<std::uint16_t>(rows[c] ^ 0x8000);
+  }
 }
 
 /// Two vectors of floats rounded to bfloat16: word l is {low's lane l, high's lane l}.

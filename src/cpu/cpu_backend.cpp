@@ -37,11 +37,12 @@ std::int64_t forward_lanes(const Problem& problem, const KernelSet& kernels) {
   std::int64_t lanes = 0;
   for (const WorkItem& item : problem.args->items) lanes += item.q_count * problem.group;
   lanes *= problem.args->k.shape[1];
-  constexpr std::int64_t kTasksPerThread = 16;
+  constexpr std::int64_t kTasksPerThread = 8;
   constexpr std::int64_t kMostPanels = 16;
+  const std::int64_t threads = num_threads();
   const std::int64_t panels =
-      lanes / (kernels.panel_lanes * kTasksPerThread * std::int64_t{num_threads()});
-  return kernels.panel_lanes * std::clamp<std::int64_t>(panels, 1, kMostPanels);
+      threads == 1 ? kMostPanels : lanes / (kernels.panel_lanes * kTasksPerThread * threads);
+  return kernels.panel_lanes * std::clamp<std::int64_t>(panels, 2, kMostPanels);
 }
 
 struct Rows {

@@ -74,6 +74,51 @@ struct ForwardScratch {
   std::size_t bytes;
 };
 
+/// Caps scores and hides what lanes do not see, in place; returns the largest of a vector of lanes.
+/// For the tiles that need it.
+template <int kVectors>
+HWY_ATTR void adjust_scores(const Problem& problem, const PanelMask& mask, int key, bool full,
+                            float* scores, FloatVec (&largest)[kVectors]) {
+  const Floats d;
+  const FloatVec lowest = hn::Set(d, -std::numeric_limits<float>::infinity());
+  for (int i = 0; i < kTileRows; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      float* at = scores + (i * kVectors + v) * kVectorLanes;
+      FloatVec s = hn::Load(d, at);
+      if (problem.cap != 0) s = capped_score(problem, s);
+      if (!full) s = hn::IfThenElse(sees_vector(mask, v, key + i), s, lowest);
+      largest[v] = hn::Max(largest[v], s);
+      hn::Store(s, d, at);
+    }
+  }
+}
+
+/// Scores of a panel and a block, still to be multiplied by log2_factor; their largest a lane.
+template <int kVectors>
+HWY_INLINE void score_block(const Problem& problem, const PanelMask& mask, const BlockRange& range,
+                            const float* q, const ForwardScratch& scratch,
+                            FloatVec (&largest)[kVectors]) {
+  constexpr int kWidth = kVectors * kVectorLanes;
+  for (int key = range.begin; key < range.end; key += kTileRows) {
+    Tile<kVectors> tile;
+    set_zero(tile);
+    multiply<false>(scratch.k + key * scratch.stride, scratch.stride, q, kWidth, problem.head_dim,
+                    tile);
+    float* scores = scratch.weights + key * kWidth;
+    store(tile, scores, kWidth);
+    const bool full = range.full(key, kTileRows);
+    if (problem.cap != 0 || !full) {
+      adjust_scores<kVectors>(problem, mask, key, full, scores, largest);
+      continue;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 3
+      for (int v = 0; v < kVectors; ++v) largest[v] = hn::Max(largest[v], tile.value[i][v]);
+    }
+  }
+}
+
 /// One panel against one block of keys.
 template <int kVectors>
 HWY_ATTR void forward_block(const Problem& problem, const RowGroup& group, const Panel& panel,
@@ -81,53 +126,39 @@ HWY_ATTR void forward_block(const Problem& problem, const RowGroup& group, const
                             const ForwardScratch& scratch) {
   const Floats d;
   constexpr int kWidth = kVectors * kVectorLanes;
-  const FloatVec lowest = hn::Set(d, -std::numeric_limits<float>::infinity());
   const float* q = scratch.q + problem.head_dim * panel.offset;
   float* out = scratch.out + scratch.columns * panel.offset;
   PanelMask mask;
-    if (!range.full() || !finite) mask.set(problem, group, panel, block);
+  if (!range.full() || !finite) mask.set(problem, group, panel, block);
 
-  FloatVec block_max[kVectors];
-  for (int v = 0; v < kVectors; ++v) block_max[v] = lowest;
-  for (int key = range.begin; key < range.end; key += kTileRows) {
-    Tile<kVectors> tile;
-    set_zero(tile);
-    multiply<false>(scratch.k + key * scratch.stride, scratch.stride, q, kWidth, problem.head_dim,
-                    tile);
-    const bool full = range.full(key, kTileRows);
-    for (int i = 0; i < kTileRows; ++i) {
-      for (int v = 0; v < kVectors; ++v) {
-        FloatVec s = score(problem, tile.value[i][v]);
-        if (!full) s = hn::IfThenElse(sees_vector(mask, v, key + i), s, lowest);
-        block_max[v] = hn::Max(block_max[v], s);
-        hn::Store(s, d, scratch.weights + (key + i) * kWidth + v * kVectorLanes);
-      }
-    }
+  const FloatVec scale = hn::Set(d, problem.log2_factor());
+  FloatVec largest[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    largest[v] = hn::Set(d, -std::numeric_limits<float>::infinity());
   }
+  score_block<kVectors>(problem, mask, range, q, scratch, largest);
 
   FloatVec factor[kVectors];
-  FloatVec origin[kVectors];
-  FloatVec block_sum[kVectors];
-  SoftmaxState state[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     const std::int64_t at = panel.offset + v * kVectorLanes;
-    state[v] = {hn::Load(d, scratch.max + at), hn::Load(d, scratch.sum + at)};
-    factor[v] = state[v].raise(block_max[v]);
-    origin[v] = state[v].origin();
-    block_sum[v] = hn::Zero(d);
-  }
-  for (int key = range.begin; key < range.end; ++key) {
-    for (int v = 0; v < kVectors; ++v) {
-      float* at = scratch.weights + key * kWidth + v * kVectorLanes;
-      const FloatVec weight = exp2(d, hn::Sub(hn::Load(d, at), origin[v]));
-      block_sum[v] = hn::Add(block_sum[v], weight);
-      hn::Store(weight, d, at);
+    SoftmaxState state = {hn::Load(d, scratch.max + at), hn::Load(d, scratch.sum + at)};
+    factor[v] = state.raise(hn::Mul(largest[v], scale));
+    const FloatVec origin = state.origin();
+    FloatVec even = hn::Zero(d);
+    FloatVec odd = hn::Zero(d);
+    float* weights = scratch.weights + v * kVectorLanes;
+    for (int key = range.begin; key < range.end; key += 2) {
+      float* low = weights + key * kWidth;
+      float* high = low + kWidth;
+      const FloatVec low_weight = exp2(d, hn::MulSub(hn::Load(d, low), scale, origin));
+      const FloatVec high_weight = exp2(d, hn::MulSub(hn::Load(d, high), scale, origin));
+      even = hn::Add(even, low_weight);
+      odd = hn::Add(odd, high_weight);
+      hn::Store(low_weight, d, low);
+      hn::Store(high_weight, d, high);
     }
-  }
-  for (int v = 0; v < kVectors; ++v) {
-    const std::int64_t at = panel.offset + v * kVectorLanes;
-    hn::Store(state[v].max, d, scratch.max + at);
-    hn::Store(hn::Add(state[v].sum, block_sum[v]), d, scratch.sum + at);
+    hn::Store(state.max, d, scratch.max + at);
+    hn::Store(hn::Add(state.sum, hn::Add(even, odd)), d, scratch.sum + at);
   }
 
   // Sums of a block are added to those of the blocks before it: two short chains keep float32's
@@ -138,12 +169,7 @@ HWY_ATTR void forward_block(const Problem& problem, const RowGroup& group, const
     set_zero(tile);
     multiply<true>(values + range.begin * scratch.stride + c, scratch.stride,
                    scratch.weights + range.begin * kWidth, kWidth, range.end - range.begin, tile);
-    for (int i = 0; i < kTileRows; ++i) {
-      for (int v = 0; v < kVectors; ++v) {
-        float* at = out + (c + i) * kWidth + v * kVectorLanes;
-        hn::Store(hn::MulAdd(hn::Load(d, at), factor[v], tile.value[i][v]), d, at);
-      }
-    }
+    accumulate<true>(tile, factor, out + c * kWidth, kWidth);
   }
   if (finite) return;
   // 0 times a value that is not finite would be NaN: only lanes that see such a value get it.
@@ -186,6 +212,8 @@ inline HWY_ATTR void forward_group(const Problem& problem, const RowGroup& group
     load_lanes(problem, args.q, group, panel, scratch.stride, scratch.rows);
     transpose(scratch.rows, scratch.stride, panel.width, problem.head_dim,
               scratch.q + problem.head_dim * panel.offset, panel.width);
+    sign_lanes(problem, problem.head_dim * panel.width,
+               scratch.q + problem.head_dim * panel.offset);
     float* out = scratch.out + scratch.columns * panel.offset;
     std::fill(out, out + scratch.columns * panel.width, 0.0f);
     std::fill_n(scratch.max + panel.offset, panel.width,

@@ -24,8 +24,13 @@ struct Problem {
   std::int64_t head_dim = 0;
   std::int64_t group = 1;  // query heads of a KV head
   // Scores in units of log2: score_scale * q.k, or with a softcap cap * tanh(score_scale * q.k).
+  // Kernels move the sign of score_scale into q.
   float score_scale = 0;
   float cap = 0;
+  /// What q.k, or the capped score, is multiplied by to be in units of log2.
+  float log2_factor() const {
+    return cap != 0 || score_scale == 0 ? 1.0f : score_scale < 0 ? -score_scale : score_scale;
+  }
 };
 
 /// The key positions [first, end) of a document that a query sees of an item.

@@ -82,6 +82,50 @@ HWY_INLINE void multiply(const float* HWY_RESTRICT a, std::int64_t stride,
   tile = sum;
 }
 
+/// Writes a tile to rows at `stride`.
+template <int kVectors>
+HWY_INLINE void store(const Tile<kVectors>& tile, float* HWY_RESTRICT to, std::int64_t stride) {
+  const Floats d;
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) {
+      hn::Store(tile.value[i][v], d, to + i * stride + v * kVectorLanes);
+    }
+  }
+}
+
+/// Reads a tile from rows at `stride`.
+template <int kVectors>
+HWY_INLINE void load(const float* HWY_RESTRICT from, std::int64_t stride, Tile<kVectors>& tile) {
+  const Floats d;
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) {
+      tile.value[i][v] = hn::Load(d, from + i * stride + v * kVectorLanes);
+    }
+  }
+}
+
+/// rows(i, v) = rows(i, v) * factor(v) + tile(i, v), or without kScale rows + tile.
+template <bool kScale, int kVectors>
+HWY_INLINE void accumulate(const Tile<kVectors>& tile, const FloatVec* factor,
+                           float* HWY_RESTRICT rows, std::int64_t stride) {
+  const Floats d;
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) {
+      float* at = rows + i * stride + v * kVectorLanes;
+      const FloatVec before = hn::Load(d, at);
+      hn::Store(kScale ? hn::MulAdd(before, factor[v], tile.value[i][v])
+                       : hn::Add(before, tile.value[i][v]),
+                d, at);
+    }
+  }
+}
+
 }  // namespace zigzag::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 

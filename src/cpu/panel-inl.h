@@ -9,6 +9,7 @@
 #include <hwy/highway.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "cpu/exp-inl.h"
@@ -91,12 +92,21 @@ inline HWY_ATTR void store_lanes(const Problem& problem, const TensorView& x,
   }
 }
 
-/// Scores in units of log2 from products q.k.
-HWY_INLINE FloatVec score(const Problem& problem, FloatVec product) {
+/// Changes the sign of packed q when the scale is negative, so that scores only grow with products,
+/// and makes it 0 when that is 0.
+inline HWY_ATTR void sign_lanes(const Problem& problem, std::int64_t count, float* q) {
+  if (problem.score_scale > 0) return;
+  for (std::int64_t c = 0; c < count; ++c) q[c] *= problem.score_scale == 0 ? 0.0f : -1.0f;
+}
+
+/// The tangent of a softcap at products q.k, and the score in units of log2.
+HWY_INLINE FloatVec cap_tangent(const Problem& problem, FloatVec product) {
   const Floats d;
-  const FloatVec scaled = hn::Mul(product, hn::Set(d, problem.score_scale));
-  if (problem.cap == 0) return scaled;
-  return hn::Mul(hn::Set(d, problem.cap), tanh(d, scaled));
+  return tanh(d, hn::Mul(product, hn::Set(d, std::fabs(problem.score_scale))));
+}
+HWY_INLINE FloatVec capped_score(const Problem& problem, FloatVec product) {
+  const Floats d;
+  return hn::Mul(cap_tangent(problem, product), hn::Set(d, problem.cap));
 }
 
 }  // namespace zigzag::cpu::HWY_NAMESPACE

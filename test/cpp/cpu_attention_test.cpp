@@ -165,6 +165,8 @@ TEST_P(CpuTarget, SpecialValuesStayWhereTheyAreSeen) {
                                  std::to_string(static_cast<int>(which)) + " " +
                                  std::to_string(value);
         EXPECT_FALSE(finite(result.dq, kToken)) << what;
+        // An infinite key times a negative query has weight 0, so those rows may be finite.
+        if (which == Input::kK && std::isinf(value)) continue;
         if (which != Input::kDout) EXPECT_FALSE(finite(result.out, kToken)) << what;
         EXPECT_EQ(finite(result.out, 239), from_query) << what;
       }
