@@ -263,6 +263,18 @@ void expect_exact_attention(const AttentionCase& problem, const AttentionResult&
   check("dv", result.dv, one_rank.dv, reference.dv, kSums, 1.1);
 }
 
+void check_over_ranks(const AttentionCase& problem, std::span<const int> worlds) {
+  SCOPED_TRACE(problem.text());
+  const ReferenceResult reference = run_reference(problem);
+  const AttentionResult one_rank = run_case(problem, 1);
+  for (const int world : worlds) {
+    SCOPED_TRACE(std::to_string(world) + " ranks");
+    const AttentionResult result = run_case(problem, world);
+    expect_exact_attention(problem, result, reference, one_rank);
+    if (testing::Test::HasFailure()) return;
+  }
+}
+
 void expect_same_bits(const AttentionResult& actual, const AttentionResult& expected, bool all) {
   const auto check = [](const char* name, const Tensor& a, const Tensor& b) {
     EXPECT_TRUE(same_bits(name, bytes(a), bytes(b), item_size(a.view().dtype)));

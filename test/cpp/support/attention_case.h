@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -75,6 +76,9 @@ ReferenceResult run_reference(const AttentionCase& problem);
 /// (dk, dv) times that of `one_rank`, the same engine's result on one rank.
 void expect_exact_attention(const AttentionCase& problem, const AttentionResult& result,
                             const ReferenceResult& reference, const AttentionResult& one_rank);
+
+/// One problem at several numbers of ranks, all against one reference; stops at the first failure.
+void check_over_ranks(const AttentionCase& problem, std::span<const int> worlds);
 
 /// out, lse, dq (and, with `all`, dk and dv) have the same bits.
 void expect_same_bits(const AttentionResult& actual, const AttentionResult& expected, bool all);
