@@ -16,8 +16,7 @@ void add_benchmark(CLI::App& bench, Action& action, const std::string& name,
   Flags flags(*command);
   options->declare(flags);
   command->footer(footer);
-  command->callback(
-      [options, run, &action] { action = [options, run] { return run(*options); }; });
+  command->callback([options, run, &action] { action = [options, run] { return run(*options); }; });
 }
 
 }  // namespace
@@ -48,12 +47,13 @@ void add_bench(CLI::App& app, Action& action) {
   attention.group.ranks = 4;
   attention.shape.head_dim = 128;
   attention.repeat = 5;
-  add_benchmark(*bench, action, "attention",
-                "Forward and backward over the ranks, against one rank and the FMA peak", attention,
-                bench_attention,
-                "Examples:\n"
-                "  zigzag bench attention --lengths 4096 --ranks 4\n"
-                "  zigzag bench attention --lengths 2048 --head-dim 64 --dtype bfloat16 --repeat 9");
+  add_benchmark(
+      *bench, action, "attention",
+      "Forward and backward over the ranks, against one rank and the FMA peak", attention,
+      bench_attention,
+      "Examples:\n"
+      "  zigzag bench attention --lengths 4096 --ranks 4\n"
+      "  zigzag bench attention --lengths 2048 --head-dim 64 --dtype bfloat16 --repeat 9");
   BenchOptions plan;
   plan.group.ranks = 1024;
   plan.repeat = 3;

@@ -1,10 +1,10 @@
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
 #include <mutex>
+
+#include <fmt/format.h>
 
 #include "bench_common.h"
 #include "command.h"

@@ -1,11 +1,11 @@
 #include "bench_common.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
+
+#include <fmt/format.h>
 
 #include "zigzag/error.h"
 #include "zigzag/system.h"
@@ -51,8 +51,8 @@ std::vector<int> BenchOptions::thread_counts() const {
   std::vector<int> counts;
   for (const std::int64_t count : parse_lengths("--threads", threads)) {
     if (count < 1 || count > kMostThreads) {
-      throw InvalidArgument(fmt::format("--threads holds {}; 1 to {} are allowed", count,
-                                        kMostThreads));
+      throw InvalidArgument(
+          fmt::format("--threads holds {}; 1 to {} are allowed", count, kMostThreads));
     }
     counts.push_back(static_cast<int>(count));
   }

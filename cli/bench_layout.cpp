@@ -1,9 +1,9 @@
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <array>
 #include <cstring>
 #include <numeric>
+
+#include <fmt/format.h>
 
 #include "bench_common.h"
 #include "command.h"

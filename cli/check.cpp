@@ -91,8 +91,10 @@ struct Inputs {
 
 Inputs load_inputs(const Job& job, const Plan& whole) {
   const std::vector<Run> runs = rank_runs(whole, 0);
-  Inputs inputs{job.source->load(io::Stream::kQ, runs), job.source->load(io::Stream::kK, runs),
-                job.source->load(io::Stream::kV, runs), {}};
+  Inputs inputs{job.source->load(io::Stream::kQ, runs),
+                job.source->load(io::Stream::kK, runs),
+                job.source->load(io::Stream::kV, runs),
+                {}};
   if (job.backward) inputs.dout = job.source->load(io::Stream::kDOut, runs);
   return inputs;
 }
@@ -125,8 +127,7 @@ Results run_one_rank(const Job& job, const Plan& whole, const Inputs& inputs, De
 }
 
 // The float64 reference, document by document and KV head by KV head so that progress shows.
-Results run_reference(const Job& job, const Plan& whole, const Inputs& inputs,
-                      Progress& progress) {
+Results run_reference(const Job& job, const Plan& whole, const Inputs& inputs, Progress& progress) {
   const io::ModelShape& shape = job.source->shape();
   const std::int64_t tokens = whole.total_tokens();
   Results results;
@@ -205,8 +206,7 @@ CheckReport check_results(const Job& job, const Results& results, Device device,
   Cancellation gradient;
   if (job.backward) {
     const double size = std::abs(scale) * head_dim * rms(inputs.dout.view()) *
-                        rms(inputs.v.view()) *
-                        std::max(rms(inputs.k.view()), rms(inputs.q.view()));
+                        rms(inputs.v.view()) * std::max(rms(inputs.k.view()), rms(inputs.q.view()));
     gradient = {1e-9 * size, (dtype == DType::kFloat32 ? 1e-5 : 2e-2) * size};
   }
 
@@ -219,8 +219,8 @@ CheckReport check_results(const Job& job, const Results& results, Device device,
     const Cancellation cancellation = i == kDQ || i == kDK ? gradient : Cancellation{};
     check.run = compare(actual, reference[i].view(), row, cancellation);
     check.one_rank = compare(single, reference[i].view(), row, cancellation);
-    check.equal = std::memcmp(actual.data, single.data,
-                              static_cast<std::size_t>(results[i].bytes())) == 0;
+    check.equal =
+        std::memcmp(actual.data, single.data, static_cast<std::size_t>(results[i].bytes())) == 0;
     for (std::int64_t e = 0; e < actual.num_elements(); ++e) {
       const double difference = std::abs(value_at(actual, e) - value_at(single, e));
       if (difference > check.one_rank_max) check.one_rank_max = difference;
@@ -236,8 +236,7 @@ CheckReport check_results(const Job& job, const Results& results, Device device,
                    (!bounded || check.run.max_bounded <= check.run.max_bound);
     report.passed = report.passed && check.passed;
   }
-  report.seconds =
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return report;
 }
 

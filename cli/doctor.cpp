@@ -1,11 +1,11 @@
-#include <fmt/format.h>
-
 #include <array>
 #include <cstdlib>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
+
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
 
 #include "check.h"
 #include "command.h"
@@ -109,7 +109,8 @@ Verdict judge_mpi() {
 }
 
 int gpus() {
-  const Isolated count = run_isolated([] { return fmt::format("{}", cuda::device_count()); }, kSeconds);
+  const Isolated count =
+      run_isolated([] { return fmt::format("{}", cuda::device_count()); }, kSeconds);
   return count.finished ? std::atoi(count.text.c_str()) : 0;
 }
 
@@ -148,14 +149,10 @@ nlohmann::ordered_json components_json() {
 nlohmann::ordered_json examine() {
   nlohmann::ordered_json json;
   json["version"] = version();
-  json["build"] = {{"type", build_info::kBuildType},
-                   {"compiler", build_info::kCompiler},
-                   {"sanitizers", build_info::kSanitizers},
-                   {"mpi", build_info::kMpi},
-                   {"mpi_reason", build_info::kMpiReason},
-                   {"cuda", build_info::kCuda},
-                   {"cuda_reason", build_info::kCudaReason},
-                   {"nccl", build_info::kNccl},
+  json["build"] = {{"type", build_info::kBuildType},         {"compiler", build_info::kCompiler},
+                   {"sanitizers", build_info::kSanitizers},  {"mpi", build_info::kMpi},
+                   {"mpi_reason", build_info::kMpiReason},   {"cuda", build_info::kCuda},
+                   {"cuda_reason", build_info::kCudaReason}, {"nccl", build_info::kNccl},
                    {"nccl_reason", build_info::kNcclReason}};
   json["memory_bytes"] = machine_memory_bytes();
   auto variables = nlohmann::ordered_json::object();

@@ -1,11 +1,11 @@
 #include "flags.h"
 
-#include <fmt/format.h>
-#include <fmt/ranges.h>
-
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include "zigzag/error.h"
 
@@ -82,8 +82,8 @@ CLI::Option* Flags::integer(const std::string& name, std::int64_t& value, std::i
 }
 
 CLI::Option* Flags::integer_or(const std::string& name, std::int64_t& value,
-                               const std::string& word, std::int64_t word_value,
-                               std::int64_t least, std::int64_t most, const std::string& help) {
+                               const std::string& word, std::int64_t word_value, std::int64_t least,
+                               std::int64_t most, const std::string& help) {
   const std::string initial = value == word_value ? word : fmt::format("{}", value);
   return add(name, "N", initial, help, [=, &value](const std::string& text) {
     if (text == word) {
@@ -119,14 +119,13 @@ CLI::Option* Flags::choice(const std::string& name, std::string& value,
 }
 
 CLI::Option* Flags::boolean(const std::string& name, bool& value, const std::string& help) {
-  return add(name, "true|false", value ? "true" : "false", help,
-             [=, &value](const std::string& text) {
-               if (text != "true" && text != "false") {
-                 throw InvalidArgument(
-                     fmt::format("{} is '{}'; allowed are true, false", name, text));
-               }
-               value = text == "true";
-             });
+  return add(
+      name, "true|false", value ? "true" : "false", help, [=, &value](const std::string& text) {
+        if (text != "true" && text != "false") {
+          throw InvalidArgument(fmt::format("{} is '{}'; allowed are true, false", name, text));
+        }
+        value = text == "true";
+      });
 }
 
 CLI::Option* Flags::toggle(const std::string& name, bool& value, const std::string& help) {

@@ -1,11 +1,11 @@
 #include "group.h"
 
-#include <fmt/format.h>
-
 #include <cstdlib>
 #include <exception>
 #include <new>
 #include <thread>
+
+#include <fmt/format.h>
 
 #include "cuda/runtime.h"
 #include "zigzag/error.h"
@@ -59,8 +59,9 @@ std::string cuda_reason() {
 
 void GroupOptions::declare(Flags& flags) {
   flags.group("Ranks");
-  flags.integer("--ranks", ranks, 1, kMostRanks,
-                "Ranks that share the pack (under mpirun: its processes)")
+  flags
+      .integer("--ranks", ranks, 1, kMostRanks,
+               "Ranks that share the pack (under mpirun: its processes)")
       ->default_str("");
   flags.choice("--device", device, {"cpu", "cuda"}, "Where attention runs");
   flags.choice("--comm", comm, {"threads", "mpi", "nccl", "peer"},
@@ -79,21 +80,22 @@ Group::Group(const GroupOptions& options) : device_(options.device), comm_(optio
         "--comm {} exchanges GPU memory and --device is cpu; choose --comm threads or mpi", comm_));
   }
   if (comm_ == "threads" && launched > 1) {
-    throw InvalidArgument(fmt::format("{} processes were started together, but --comm is threads; "
-                                      "choose --comm mpi or start one process",
-                                      launched));
+    throw InvalidArgument(
+        fmt::format("{} processes were started together, but --comm is threads; "
+                    "choose --comm mpi or start one process",
+                    launched));
   }
   if (comm_ == "mpi" && !comm::started_by_mpi_launcher()) {
-    if (!comm::has_mpi()) throw CommunicationError(comm::mpi_description());
     throw InvalidArgument(
         "--comm mpi needs a launcher; start it as 'mpirun -n N zigzag run --comm mpi ...', or use "
         "--comm threads");
   }
   const bool mpi = launched > 1 || comm_ == "mpi";
   if (mpi && options.ranks != 0 && options.ranks != launched) {
-    throw InvalidArgument(fmt::format("--ranks is {}, but {} processes were started; leave it out "
-                                      "or give the same",
-                                      options.ranks, launched));
+    throw InvalidArgument(
+        fmt::format("--ranks is {}, but {} processes were started; leave it out "
+                    "or give the same",
+                    options.ranks, launched));
   }
   if (!mpi && options.ranks == 0) {
     throw InvalidArgument("--ranks is missing; give the number of ranks, at least 1");
@@ -113,8 +115,8 @@ Group::Group(const GroupOptions& options) : device_(options.device), comm_(optio
   if (mpi) {
     mpi_ = std::make_unique<comm::MpiEnvironment>();
     if (mpi_->size() != size_) {
-      throw EnvironmentError(fmt::format("MPI has {} processes, but the launcher announced {}",
-                                         mpi_->size(), size_));
+      throw EnvironmentError(
+          fmt::format("MPI has {} processes, but the launcher announced {}", mpi_->size(), size_));
     }
   }
 }

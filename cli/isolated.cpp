@@ -1,14 +1,14 @@
 #include "isolated.h"
 
-#include <fmt/format.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <array>
 #include <cerrno>
 #include <csignal>
 #include <cstdio>
 #include <cstring>
+
+#include <fmt/format.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 namespace zigzag::cli {
 namespace {

@@ -1,10 +1,10 @@
-#include <fmt/format.h>
-#include <unistd.h>
-
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <new>
+
+#include <fmt/format.h>
+#include <unistd.h>
 
 #include "command.h"
 #include "io/atomic_file.h"
@@ -37,8 +37,18 @@ std::string parse_sentence(const CLI::App& app, const CLI::ParseError& error) {
     if (command != nullptr) name += " " + command->get_name();
   }
   std::string what = error.what();
+  const std::string subject = what.substr(0, what.find(':'));
   if (dynamic_cast<const CLI::ExtrasError*>(&error) != nullptr) {
-    what = "unknown argument" + what.substr(std::min(what.find(':'), what.size()));
+    const std::string rest = what.substr(std::min(what.find(':') + 2, what.size()));
+    if (name == "zigzag" && !rest.starts_with("-")) {
+      return fmt::format("there is no subcommand '{}'; plan, run, bench and doctor are there",
+                         rest);
+    }
+    what = fmt::format("unknown argument '{}'", rest);
+  } else if (dynamic_cast<const CLI::ArgumentMismatch*>(&error) != nullptr) {
+    const bool none =
+        what.find("missing") != std::string::npos || what.find("received 0") != std::string::npos;
+    what = subject + (none ? " needs a value" : " is given more than once; once is allowed");
   }
   for (char& c : what) {
     if (c == '\n') c = ' ';

@@ -1,12 +1,12 @@
 #include "pack_options.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <limits>
 #include <sstream>
+
+#include <fmt/format.h>
 
 #include "io/documents.h"
 #include "zigzag/error.h"
@@ -22,10 +22,9 @@ constexpr std::int64_t kMostInteger = std::numeric_limits<std::int64_t>::max();
 std::vector<std::int64_t> read_lengths_file(const std::string& path) {
   std::error_code error;
   if (!std::filesystem::is_regular_file(path, error)) {
-    throw InvalidArgument(fmt::format("--lengths-file '{}' {}", path,
-                                      std::filesystem::exists(path, error)
-                                          ? "is not a regular file"
-                                          : "does not exist"));
+    throw InvalidArgument(fmt::format(
+        "--lengths-file '{}' {}", path,
+        std::filesystem::exists(path, error) ? "is not a regular file" : "does not exist"));
   }
   std::ifstream file(path);
   std::vector<std::int64_t> lengths;
@@ -101,16 +100,18 @@ PackLengths read_lengths(const PackOptions& options) {
   for (std::size_t i = 0; i < lengths.size(); ++i) {
     const std::int64_t before = pack.cu_seqlens.back();
     if (before == limit) {
-      pack.notes.push_back(fmt::format("left out {} of {} documents: the limit of {} tokens is "
-                                       "reached",
-                                       lengths.size() - i, lengths.size(), limit));
+      pack.notes.push_back(
+          fmt::format("left out {} of {} documents: the limit of {} tokens is "
+                      "reached",
+                      lengths.size() - i, lengths.size(), limit));
       break;
     }
     const std::int64_t taken = std::min(lengths[i], limit - before);
     if (taken < lengths[i]) {
-      pack.notes.push_back(fmt::format("cut document {} after {} of {} tokens: the limit of {} "
-                                       "tokens is reached",
-                                       i, taken, lengths[i], limit));
+      pack.notes.push_back(
+          fmt::format("cut document {} after {} of {} tokens: the limit of {} "
+                      "tokens is reached",
+                      i, taken, lengths[i], limit));
     }
     if (taken > kMaxTokens - before) throw InvalidArgument(tokens_sentence(kMaxTokens));
     pack.cu_seqlens.push_back(before + taken);
@@ -121,8 +122,8 @@ PackLengths read_lengths(const PackOptions& options) {
 void ShapeOptions::declare(Flags& flags) {
   flags.group("Shape");
   heads_given = flags.integer("--heads", heads, 1, kMaxHeads, "Query heads");
-  kv_heads_given = flags.integer("--kv-heads", kv_heads, 1, kMaxHeads,
-                                 "KV heads, a divisor of --heads");
+  kv_heads_given =
+      flags.integer("--kv-heads", kv_heads, 1, kMaxHeads, "KV heads, a divisor of --heads");
   head_dim_given = flags.integer("--head-dim", head_dim, 1, kMaxHeadDim, "Elements of a head");
   dtype_given = flags.choice("--dtype", dtype, {"float32", "float16", "bfloat16"},
                              "Element type of q, k, v and the gradients");

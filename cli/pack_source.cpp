@@ -1,8 +1,8 @@
 #include "pack_source.h"
 
-#include <fmt/format.h>
-
 #include <array>
+
+#include <fmt/format.h>
 
 #include "io/documents.h"
 #include "io/safetensors.h"
@@ -108,9 +108,9 @@ class FileSource : public PackSource {
                                          : stream == io::Stream::kV ? v_
                                                                     : dout_;
     const std::int64_t row_bytes = elements * item_size(dtype_);
-    file_.read(*tensor, static_cast<std::uint64_t>(run.token * row_bytes),
-               std::span(static_cast<std::byte*>(out),
-                         static_cast<std::size_t>(run.rows * row_bytes)));
+    file_.read(
+        *tensor, static_cast<std::uint64_t>(run.token * row_bytes),
+        std::span(static_cast<std::byte*>(out), static_cast<std::size_t>(run.rows * row_bytes)));
   }
 
  private:
@@ -134,7 +134,8 @@ class FileSource : public PackSource {
          shape_text(tensor.shape));
   }
 
-  void check_like(const io::SafetensorsEntry& tensor, const std::vector<std::int64_t>& shape) const {
+  void check_like(const io::SafetensorsEntry& tensor,
+                  const std::vector<std::int64_t>& shape) const {
     if (tensor.dtype_text != q_->dtype_text) {
       fail("tensor '{}' is {} and 'q' is {}; they must be of one type", tensor.name,
            tensor.dtype_text, q_->dtype_text);
@@ -163,11 +164,12 @@ class FileSource : public PackSource {
       file_.read(tensor, 0, std::as_writable_bytes(std::span(narrow)));
       cu_seqlens_.assign(narrow.begin(), narrow.end());
     }
-    if (cu_seqlens_.front() != 0) fail("cu_seqlens starts at {}; it must be 0", cu_seqlens_.front());
+    if (cu_seqlens_.front() != 0)
+      fail("cu_seqlens starts at {}; it must be 0", cu_seqlens_.front());
     for (std::size_t i = 1; i < count; ++i) {
       if (cu_seqlens_[i] < cu_seqlens_[i - 1]) {
-        fail("cu_seqlens falls from {} to {} at index {}; it must not decrease",
-             cu_seqlens_[i - 1], cu_seqlens_[i], i);
+        fail("cu_seqlens falls from {} to {} at index {}; it must not decrease", cu_seqlens_[i - 1],
+             cu_seqlens_[i], i);
       }
     }
     if (cu_seqlens_.back() != q_->shape[0]) {
@@ -210,7 +212,8 @@ std::vector<Run> rank_runs(const Plan& plan, std::int64_t rank) {
     for (const std::int64_t index : {early, late}) {
       const Chunk chunk = plan.chunk(d, index);
       if (chunk.begin == chunk.end) continue;
-      runs.push_back({base + chunk.begin, chunk.begin, d, chunk.local_row, chunk.end - chunk.begin});
+      runs.push_back(
+          {base + chunk.begin, chunk.begin, d, chunk.local_row, chunk.end - chunk.begin});
     }
   }
   return runs;

@@ -1,9 +1,11 @@
-#include <fmt/format.h>
+#include "zigzag/plan.h"
 
 #include <algorithm>
 #include <memory>
 #include <numeric>
 #include <optional>
+
+#include <fmt/format.h>
 
 #include "command.h"
 #include "io/atomic_file.h"
@@ -11,7 +13,6 @@
 #include "plan_report.h"
 #include "plan_svg.h"
 #include "zigzag/error.h"
-#include "zigzag/plan.h"
 
 namespace zigzag::cli {
 namespace {

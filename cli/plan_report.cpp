@@ -1,10 +1,10 @@
 #include "plan_report.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdio>
+
+#include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
 #include "text.h"
@@ -37,9 +37,7 @@ void for_each_segment(const Plan& plan, std::int64_t rank, F f) {
   }
 }
 
-void write(const fmt::memory_buffer& text) {
-  std::fwrite(text.data(), 1, text.size(), stdout);
-}
+void write(const fmt::memory_buffer& text) { std::fwrite(text.data(), 1, text.size(), stdout); }
 
 std::string plural(std::int64_t count, std::string_view noun) {
   return fmt::format("{} {}{}", count_text(count), noun, count == 1 ? "" : "s");
@@ -174,8 +172,8 @@ void print_table(const Plan& plan, const PlanReport& report, bool all_segments) 
 
   if (report.model) {
     const PredictedTime& p = report.predicted;
-    fmt::print("\nPredicted at {} TFLOP/s and {} GB/s a rank, slowest rank:\n", report.model->tflops,
-               report.model->gbps);
+    fmt::print("\nPredicted at {} TFLOP/s and {} GB/s a rank, slowest rank:\n",
+               report.model->tflops, report.model->gbps);
     fmt::print("  forward   {:>10}  (attention {}, exchange {})\n", seconds_text(p.forward),
                seconds_text(p.forward_compute), seconds_text(p.forward_exchange));
     fmt::print("  backward  {:>10}  (attention {}, exchange {})\n", seconds_text(p.backward),

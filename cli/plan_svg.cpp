@@ -1,11 +1,11 @@
 #include "plan_svg.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <set>
+
+#include <fmt/format.h>
 
 #include "text.h"
 
@@ -131,9 +131,10 @@ class Picture {
     const bool all = static_cast<std::int64_t>(chosen.size()) == plan_.num_documents();
     heading("Who computes what: a row is a query, a column a key that it may see",
             fmt::format("A row has the colour of its rank; numbers are chunks. {}{}",
-                        all ? "" : fmt::format("Shown: {} of {} documents, from the longest to the "
-                                               "shortest. ",
-                                               chosen.size(), count_text(plan_.num_documents())),
+                        all ? ""
+                            : fmt::format("Shown: {} of {} documents, from the longest to the "
+                                          "shortest. ",
+                                          chosen.size(), count_text(plan_.num_documents())),
                         chosen.size() > 1 ? "Sides grow with the square root of the length." : ""));
     if (chosen.empty()) {
       y_ += 30;
@@ -168,8 +169,7 @@ class Picture {
   // The space beside a single triangle says how to read it.
   void reading_help(double x, double top) {
     const std::array<std::string, 5> lines{
-        "How to read it",
-        "- The last row is the last token: it sees the whole document.",
+        "How to read it", "- The last row is the last token: it sees the whole document.",
         "- The first row is the first token: it sees only itself.",
         "- The coloured area of a rank is its work: one small",
         "   and one large chunk make the same area on every rank."};
@@ -185,9 +185,8 @@ class Picture {
                       double scale) const {
     const Mask& mask = report_.mask;
     const auto left_of = [&](double row) {
-      return mask.window_left < 0
-                 ? 0.0
-                 : std::max(0.0, row - static_cast<double>(mask.window_left));
+      return mask.window_left < 0 ? 0.0
+                                  : std::max(0.0, row - static_cast<double>(mask.window_left));
     };
     const auto right_of = [&](double row) {
       if (mask.causal) return row;
@@ -195,8 +194,8 @@ class Picture {
       return std::min(length, row + static_cast<double>(mask.window_right));
     };
     std::set<double> rows{begin, end};
-    for (const double bend : {static_cast<double>(mask.window_left),
-                              length - static_cast<double>(mask.window_right)}) {
+    for (const double bend :
+         {static_cast<double>(mask.window_left), length - static_cast<double>(mask.window_right)}) {
       if (bend > begin && bend < end) rows.insert(bend);
     }
     std::string points;
@@ -213,7 +212,8 @@ class Picture {
     const auto length = plan_.document_length(d);
     const double scale = side / static_cast<double>(length);
     text(x, y - 20, 11.5, "#222222", fmt::format("document {}", d), "start", "bold");
-    text(x, y - 6, 11, "#555555", fmt::format("{} token{}", count_text(length), length == 1 ? "" : "s"));
+    text(x, y - 6, 11, "#555555",
+         fmt::format("{} token{}", count_text(length), length == 1 ? "" : "s"));
     add("<rect x=\"{:.2f}\" y=\"{:.2f}\" width=\"{:.2f}\" height=\"{:.2f}\" fill=\"#f3f3f3\" "
         "stroke=\"#bbbbbb\" stroke-width=\"0.8\"/>",
         x, y, side, side);
@@ -252,8 +252,8 @@ class Picture {
                               ? 0
                               : std::max(0.0, middle_row - static_cast<double>(mask.window_left));
       if (size >= 9 && (right - left) * scale > 62) {
-        text(x + (left + right) / 2 * scale, middle, size, "#ffffff",
-             fmt::format("rank {}", owner), "middle");
+        text(x + (left + right) / 2 * scale, middle, size, "#ffffff", fmt::format("rank {}", owner),
+             "middle");
       }
     }
   }
@@ -291,8 +291,8 @@ class Picture {
       for (std::int64_t p = 0; p < pixels; ++p) {
         const double begin = total * static_cast<double>(p) / static_cast<double>(pixels);
         const double end = total * static_cast<double>(p + 1) / static_cast<double>(pixels);
-        const auto token = std::min(static_cast<std::int64_t>((begin + end) / 2),
-                                    plan_.total_tokens() - 1);
+        const auto token =
+            std::min(static_cast<std::int64_t>((begin + end) / 2), plan_.total_tokens() - 1);
         run(begin, end, plan_.local_row(token).rank);
       }
     }
@@ -316,7 +316,8 @@ class Picture {
     const double flops_x = tokens_x + 360;
     const double bar = 210;
     text(tokens_x, y_ + 12, 11.5, "#555555", "tokens");
-    text(flops_x, y_ + 12, 11.5, "#555555", "work: FLOPs of a forward (share of the busiest rank's)");
+    text(flops_x, y_ + 12, 11.5, "#555555",
+         "work: FLOPs of a forward (share of the busiest rank's)");
     y_ += 20;
     std::int64_t most_tokens = 1;
     double most_flops = 1;

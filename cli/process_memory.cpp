@@ -1,10 +1,10 @@
 #include "process_memory.h"
 
-#include <unistd.h>
-
 #include <cstdlib>
 #include <fstream>
 #include <string>
+
+#include <unistd.h>
 
 namespace zigzag::cli {
 

@@ -1,8 +1,9 @@
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <filesystem>
+#include <limits>
 #include <memory>
+
+#include <fmt/format.h>
 
 #include "attention_check.h"
 #include "check.h"
@@ -35,8 +36,7 @@ struct Options {
 AttentionOptions attention_options(const Options& options) {
   AttentionOptions attention;
   options.mask.apply(attention);
-  attention.kernels =
-      options.kernels.empty() ? default_kernels() : parse_kernels(options.kernels);
+  attention.kernels = options.kernels.empty() ? default_kernels() : parse_kernels(options.kernels);
   attention.kv_heads_per_stage = options.kv_heads_per_stage;
   attention.deterministic = options.deterministic;
   return attention;
@@ -46,14 +46,14 @@ AttentionOptions attention_options(const Options& options) {
 void check_job(const Options& options, const PackSource& source) {
   const io::ModelShape& shape = source.shape();
   if (shape.head_dim > kMaxHeadDim) {
-    throw InvalidArgument(fmt::format("--head-dim is {}; attention takes 1 to {}", shape.head_dim,
-                                      kMaxHeadDim));
+    throw InvalidArgument(
+        fmt::format("head_dim is {}; attention takes 1 to {}", shape.head_dim, kMaxHeadDim));
   }
   const std::int64_t stage = options.kv_heads_per_stage;
   if (stage > 0 && shape.kv_heads % stage != 0) {
-    throw InvalidArgument(fmt::format(
-        "--kv-heads-per-stage is {}; it must be auto or a divisor of the {} KV heads", stage,
-        shape.kv_heads));
+    throw InvalidArgument(
+        fmt::format("--kv-heads-per-stage is {}; it must be auto or a divisor of the {} KV heads",
+                    stage, shape.kv_heads));
   }
   if (!options.output.empty()) {
     io::check_writable(options.output, "--output");
@@ -65,9 +65,8 @@ void check_job(const Options& options, const PackSource& source) {
     }
     for (const std::string& document : options.pack.documents) {
       if (std::filesystem::equivalent(options.output, document, error)) {
-        throw InvalidArgument(
-            fmt::format("--output '{}' is one of the documents; name another file",
-                        options.output));
+        throw InvalidArgument(fmt::format(
+            "--output '{}' is one of the documents; name another file", options.output));
       }
     }
   }
@@ -79,15 +78,16 @@ void check_memory(const Job& job, const Group& group) {
   double needed = memory.inputs + memory.results + memory.gathered + memory.partials;
   if (job.keep_results && group.is_root()) {
     // The whole results, the same of one rank with its inputs, and a float64 reference.
-    needed = std::max(needed, memory.results) + memory.whole * (2 + 8.0 / static_cast<double>(
-                                                                    item_size(job.source->dtype())));
+    needed = std::max(needed, memory.results) +
+             memory.whole * (2 + 8.0 / static_cast<double>(item_size(job.source->dtype())));
   }
   const double available = machine_memory_bytes();
   if (available > 0 && needed > available) {
     throw EnvironmentError(fmt::format(
         "this run needs about {} of memory and the machine has {}; use fewer tokens, heads, a "
         "smaller --head-dim{}",
-        bytes_text(needed), bytes_text(available), job.keep_results ? " or leave out --check" : ""));
+        bytes_text(needed), bytes_text(available),
+        job.keep_results ? " or leave out --check" : ""));
   }
 }
 
@@ -149,7 +149,8 @@ void add_run(CLI::App& app, Action& action) {
   options->mask.declare(flags);
   options->mask.declare_scores(flags);
   flags.group("Engine");
-  flags.integer_or("--kv-heads-per-stage", options->kv_heads_per_stage, "auto", 0, 1, kMaxTokens,
+  flags.integer_or("--kv-heads-per-stage", options->kv_heads_per_stage, "auto", 0, 1,
+                   std::numeric_limits<std::int64_t>::max(),
                    "KV heads gathered at a time, a divisor of the KV heads");
   flags.choice("--kernels", options->kernels, {"fused", "reference"},
                "Which twin of the kernels runs [ZIGZAG_KERNELS, else fused]");

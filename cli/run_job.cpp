@@ -1,10 +1,10 @@
 #include "run_job.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+
+#include <fmt/format.h>
 
 #include "cuda/runtime.h"
 #include "process_memory.h"
@@ -122,8 +122,8 @@ JobResult run_job(const Job& job, const Group& group, Progress& progress,
     result.results = make_results(source, plan.total_tokens(), job.backward, {});
   }
   if (root && !job.output.empty()) {
-    writer = std::make_unique<io::SafetensorsWriter>(job.output,
-                                                     output_specs(source, job.backward));
+    writer =
+        std::make_unique<io::SafetensorsWriter>(job.output, output_specs(source, job.backward));
   }
   const Sink sink(root && job.keep_results ? &result.results : nullptr, writer.get());
 

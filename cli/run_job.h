@@ -40,8 +40,8 @@ struct Job {
 
 /// What a rank measured.
 struct RankTimes {
-  double forward = 0;   // seconds
-  double backward = 0;  // seconds
+  double forward = 0;     // seconds
+  double backward = 0;    // seconds
   double peak_bytes = 0;  // of the rank's process, before any check
 };
 

@@ -1,9 +1,9 @@
 #include "run_report.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <cmath>
+
+#include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
 #include "plan_report.h"
@@ -35,8 +35,8 @@ Totals totals_of(const RunReport& report) {
   Totals totals;
   const io::ModelShape& shape = report.job->source->shape();
   for (std::int64_t r = 0; r < report.group->size(); ++r) {
-    totals.forward_flops += report.job->plan->flops(r, shape.heads, shape.head_dim,
-                                                    report.job->attention.mask);
+    totals.forward_flops +=
+        report.job->plan->flops(r, shape.heads, shape.head_dim, report.job->attention.mask);
     const RankTimes& times = report.times[static_cast<std::size_t>(r)];
     totals.forward = std::max(totals.forward, times.forward);
     totals.backward = std::max(totals.backward, times.backward);
@@ -85,8 +85,8 @@ void print_check(const CheckReport& check, bool backward) {
                  tensor.run.max_bound);
     }
     if (tensor.run.misplaced > 0) {
-      fmt::print("       {} elements of {} differ in being infinite or NaN\n",
-                 tensor.run.misplaced, kResultNames[i]);
+      fmt::print("       {} elements of {} differ in being infinite or NaN\n", tensor.run.misplaced,
+                 kResultNames[i]);
     }
     if (tensor.run.uncancelled > 0) {
       fmt::print("       {} rows of {} should vanish and do not\n", tensor.run.uncancelled,
@@ -199,9 +199,8 @@ void print_run_json(const RunReport& report) {
     rank["rank"] = r;
     rank["tokens"] = job.plan->local_tokens(r);
     rank["flops"] = job.plan->flops(r, shape.heads, shape.head_dim, job.attention.mask);
-    rank["gathered_bytes"] =
-        job.plan->gathered_bytes(r, shape.kv_heads, shape.head_dim,
-                                 item_size(job.source->dtype()), job.attention.mask);
+    rank["gathered_bytes"] = job.plan->gathered_bytes(
+        r, shape.kv_heads, shape.head_dim, item_size(job.source->dtype()), job.attention.mask);
     rank["forward_ms"] = 1e3 * times.forward;
     rank["backward_ms"] = job.backward ? nlohmann::ordered_json(1e3 * times.backward) : nullptr;
     ranks.push_back(std::move(rank));
@@ -221,12 +220,13 @@ void print_run_summary(const RunReport& report) {
   const io::ModelShape& shape = job.source->shape();
   const Totals totals = totals_of(report);
   for (const std::string& note : job.source->notes()) fmt::print("Note: {}.\n", note);
-  fmt::print("{} documents, {} tokens over {} ranks ({}, {}); {} query heads, {} KV heads, "
-             "head_dim {}, {}; {}\n\n",
-             count_text(job.plan->num_documents()), count_text(job.plan->total_tokens()),
-             report.group->size(), report.group->comm(), report.group->device(), shape.heads,
-             shape.kv_heads, shape.head_dim, dtype_name(job.source->dtype()),
-             mask_text(job.attention.mask));
+  fmt::print(
+      "{} documents, {} tokens over {} ranks ({}, {}); {} query heads, {} KV heads, "
+      "head_dim {}, {}; {}\n\n",
+      count_text(job.plan->num_documents()), count_text(job.plan->total_tokens()),
+      report.group->size(), report.group->comm(), report.group->device(), shape.heads,
+      shape.kv_heads, shape.head_dim, dtype_name(job.source->dtype()),
+      mask_text(job.attention.mask));
   fmt::print("{:<9} {:>10} {:>14} {:>9}\n", "", "time", "work", "TFLOP/s");
   fmt::print("{:<9} {:>10} {:>14} {:>9.4f}\n", "forward", seconds_text(totals.forward),
              scaled_text(totals.forward_flops, "FLOP"), totals.forward_tflops());
@@ -234,24 +234,21 @@ void print_run_summary(const RunReport& report) {
     fmt::print("{:<9} {:>10} {:>14} {:>9.4f}\n", "backward", seconds_text(totals.backward),
                scaled_text(kBackwardOverForward * totals.forward_flops, "FLOP"),
                totals.backward_tflops());
-    fmt::print("{:<9} {:>10} {:>14} {:>9.4f}\n", "both",
-               seconds_text(totals.forward + totals.backward),
-               scaled_text((1 + kBackwardOverForward) * totals.forward_flops, "FLOP"),
-               totals.tflops());
+    fmt::print(
+        "{:<9} {:>10} {:>14} {:>9.4f}\n", "both", seconds_text(totals.forward + totals.backward),
+        scaled_text((1 + kBackwardOverForward) * totals.forward_flops, "FLOP"), totals.tflops());
   }
   fmt::print("\n{:>5} {:>12} {:>14} {:>12} {:>10} {:>10}\n", "rank", "tokens", "forward work",
              "receives", "forward", "backward");
   for (std::size_t r = 0; r < std::min(report.times.size(), kTableRanks); ++r) {
     const auto rank = static_cast<std::int64_t>(r);
-    fmt::print("{:>5} {:>12} {:>14} {:>12} {:>10} {:>10}\n", r,
-               count_text(job.plan->local_tokens(rank)),
-               scaled_text(job.plan->flops(rank, shape.heads, shape.head_dim, job.attention.mask),
-                           "FLOP"),
-               bytes_text(job.plan->gathered_bytes(rank, shape.kv_heads, shape.head_dim,
-                                                   item_size(job.source->dtype()),
-                                                   job.attention.mask)),
-               seconds_text(report.times[r].forward),
-               job.backward ? seconds_text(report.times[r].backward) : "-");
+    fmt::print(
+        "{:>5} {:>12} {:>14} {:>12} {:>10} {:>10}\n", r, count_text(job.plan->local_tokens(rank)),
+        scaled_text(job.plan->flops(rank, shape.heads, shape.head_dim, job.attention.mask), "FLOP"),
+        bytes_text(job.plan->gathered_bytes(rank, shape.kv_heads, shape.head_dim,
+                                            item_size(job.source->dtype()), job.attention.mask)),
+        seconds_text(report.times[r].forward),
+        job.backward ? seconds_text(report.times[r].backward) : "-");
   }
   if (report.times.size() > kTableRanks) {
     fmt::print("  and {} more ranks (all of them with --json)\n",

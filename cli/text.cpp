@@ -1,9 +1,9 @@
 #include "text.h"
 
-#include <fmt/format.h>
-
 #include <array>
 #include <cmath>
+
+#include <fmt/format.h>
 
 namespace zigzag::cli {
 

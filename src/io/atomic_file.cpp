@@ -1,16 +1,16 @@
 #include "io/atomic_file.h"
 
-#include <fcntl.h>
-#include <fmt/format.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "zigzag/error.h"
 
@@ -24,7 +24,8 @@ constexpr std::size_t kPathBytes = 4096;
 
 enum SlotState : int { kFree, kFilling, kArmed };
 
-// Paths that a signal handler may have to remove: fixed memory, because a handler must not allocate.
+// Paths that a signal handler may have to remove: fixed memory, because a handler must not
+// allocate.
 struct Slot {
   std::atomic<int> state{kFree};
   std::array<char, kPathBytes> path{};
@@ -100,8 +101,8 @@ AtomicFile::AtomicFile(std::string path) : path_(std::move(path)) {
   path_ = target.string();
   static std::atomic<unsigned> counter{0};
   for (int attempt = 0; attempt < 100 && descriptor_ < 0; ++attempt) {
-    temporary_ = (folder_of(target) / fmt::format(".{}.{}.{}.tmp", target.filename().string(),
-                                                  ::getpid(), counter++))
+    temporary_ = (folder_of(target) /
+                  fmt::format(".{}.{}.{}.tmp", target.filename().string(), ::getpid(), counter++))
                      .string();
     // Armed before the file exists: a signal in between unlinks nothing, never the reverse.
     slot_ = arm_slot(temporary_);
@@ -114,9 +115,10 @@ AtomicFile::AtomicFile(std::string path) : path_(std::move(path)) {
         fmt::format("output '{}' cannot be written: {}", path_, std::strerror(error)));
   }
   if (descriptor_ < 0) {
-    throw InvalidArgument(fmt::format("output '{}' cannot be written: no free temporary name "
-                                      "in its folder",
-                                      path_));
+    throw InvalidArgument(
+        fmt::format("output '{}' cannot be written: no free temporary name "
+                    "in its folder",
+                    path_));
   }
 }
 

@@ -1,15 +1,15 @@
 #include "io/documents.h"
 
-#include <fcntl.h>
-#include <fmt/format.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <limits>
 #include <system_error>
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <unistd.h>
 
 #include "zigzag/error.h"
 
@@ -78,9 +78,10 @@ DocumentList list_documents(std::span<const std::string> paths, std::int64_t max
   list.cu_seqlens.push_back(0);
   for (std::size_t i = 0; i < files.size(); ++i) {
     if (left == 0) {
-      list.notes.push_back(fmt::format("left out {} of {} documents: the limit of {} tokens is "
-                                       "reached",
-                                       files.size() - i, files.size(), max_tokens));
+      list.notes.push_back(
+          fmt::format("left out {} of {} documents: the limit of {} tokens is "
+                      "reached",
+                      files.size() - i, files.size(), max_tokens));
       break;
     }
     const std::string name = files[i].string();
@@ -91,9 +92,10 @@ DocumentList list_documents(std::span<const std::string> paths, std::int64_t max
     const auto taken = static_cast<std::int64_t>(
         std::min<std::uintmax_t>(bytes, static_cast<std::uintmax_t>(left)));
     if (static_cast<std::uintmax_t>(taken) < bytes) {
-      list.notes.push_back(fmt::format("cut '{}' after {} of {} bytes: the limit of {} tokens is "
-                                       "reached",
-                                       name, taken, bytes, max_tokens));
+      list.notes.push_back(
+          fmt::format("cut '{}' after {} of {} bytes: the limit of {} tokens is "
+                      "reached",
+                      name, taken, bytes, max_tokens));
     }
     left -= taken;
     list.names.push_back(name);
@@ -112,8 +114,7 @@ std::vector<std::uint8_t> read_tokens(const DocumentList& list) {
     while (at < list.cu_seqlens[i + 1] && failure.empty()) {
       // Linux reads at most 2^31 - 4096 bytes a call.
       const std::int64_t want = std::min<std::int64_t>(list.cu_seqlens[i + 1] - at, 1 << 30);
-      const ssize_t got =
-          ::read(descriptor, tokens.data() + at, static_cast<std::size_t>(want));
+      const ssize_t got = ::read(descriptor, tokens.data() + at, static_cast<std::size_t>(want));
       if (got < 0 && errno == EINTR) continue;
       if (got < 0) failure = std::strerror(errno);
       if (got == 0) failure = "it became shorter while it was read";

@@ -1,9 +1,9 @@
 #include "io/generate.h"
 
-#include <fmt/format.h>
-
 #include <cmath>
 #include <utility>
+
+#include <fmt/format.h>
 
 #include "half.h"
 #include "io/deterministic_math.h"
@@ -62,9 +62,9 @@ void with_store(DType dtype, void* out, F f) {
       f([p = static_cast<std::uint16_t*>(out)](std::int64_t i, float x) { p[i] = to_bfloat16(x); });
       return;
     default:
-      throw InvalidArgument(fmt::format(
-          "inputs cannot be drawn as {}; float32, float16 and bfloat16 are allowed",
-          dtype_name(dtype)));
+      throw InvalidArgument(
+          fmt::format("inputs cannot be drawn as {}; float32, float16 and bfloat16 are allowed",
+                      dtype_name(dtype)));
   }
 }
 

@@ -34,16 +34,16 @@ class ByteModel {
 
   /// Rows of q, k or v (`stream`) of consecutive tokens of one document, the first of them at
   /// `position` in it -> out [tokens, heads or kv_heads, head_dim] of `dtype`.
-  void fill(Stream stream, std::span<const std::uint8_t> tokens, std::int64_t position,
-            DType dtype, void* out) const;
+  void fill(Stream stream, std::span<const std::uint8_t> tokens, std::int64_t position, DType dtype,
+            void* out) const;
 
  private:
   const std::vector<float>& table(Stream stream) const;
 
   ModelShape shape_;
-  std::vector<float> q_;            // [256, heads, head_dim]
-  std::vector<float> k_;            // [256, kv_heads, head_dim]
-  std::vector<float> v_;            // [256, kv_heads, head_dim]
+  std::vector<float> q_;             // [256, heads, head_dim]
+  std::vector<float> k_;             // [256, kv_heads, head_dim]
+  std::vector<float> v_;             // [256, kv_heads, head_dim]
   std::vector<double> frequencies_;  // [head_dim / 2] turns a token
 };
 

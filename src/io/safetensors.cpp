@@ -1,15 +1,15 @@
 #include "io/safetensors.h"
 
-#include <fcntl.h>
-#include <fmt/format.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstring>
+
+#include <fcntl.h>
+#include <fmt/format.h>
 #include <nlohmann/json.hpp>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "zigzag/error.h"
 
@@ -116,8 +116,8 @@ SafetensorsFile::SafetensorsFile(std::string path) : path_(std::move(path)) {
       }
       header_ = parse_safetensors_header(json, file_bytes);
     } catch (const InvalidArgument& error) {
-      throw InvalidArgument(fmt::format("'{}' is not a valid safetensors file: {}", path_,
-                                        error.what()));
+      throw InvalidArgument(
+          fmt::format("'{}' is not a valid safetensors file: {}", path_, error.what()));
     }
   } catch (...) {
     ::close(descriptor_);
@@ -152,8 +152,8 @@ void SafetensorsWriter::write(std::size_t index, std::uint64_t offset,
                               std::span<const std::byte> bytes) {
   const std::uint64_t size = begins_.at(index + 1) - begins_[index];
   if (offset > size || bytes.size() > size - offset) {
-    throw InvalidArgument(fmt::format("bytes {} to {} of tensor {} were written; it has {}",
-                                      offset, offset + bytes.size(), index, size));
+    throw InvalidArgument(fmt::format("bytes {} to {} of tensor {} were written; it has {}", offset,
+                                      offset + bytes.size(), index, size));
   }
   file_.write_at(begins_[index] + offset, bytes);
 }

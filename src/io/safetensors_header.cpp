@@ -1,10 +1,10 @@
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <array>
-#include <nlohmann/json.hpp>
 #include <set>
 #include <utility>
+
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
 
 #include "io/safetensors.h"
 #include "zigzag/error.h"
@@ -163,13 +163,14 @@ class HeaderReader : public nlohmann::json_sax<nlohmann::json> {
         fail("tensor '{}' has no field '{}'", shown(entry_.name), field);
       }
     }
-    if (offsets_ != 2) fail("field 'data_offsets' of tensor '{}' must hold two numbers", shown(entry_.name));
-    const auto* type = std::find_if(kFileTypes.begin(), kFileTypes.end(), [&](const FileType& t) {
-      return t.name == entry_.dtype_text;
-    });
+    if (offsets_ != 2)
+      fail("field 'data_offsets' of tensor '{}' must hold two numbers", shown(entry_.name));
+    const auto* type = std::find_if(kFileTypes.begin(), kFileTypes.end(),
+                                    [&](const FileType& t) { return t.name == entry_.dtype_text; });
     if (type == kFileTypes.end()) {
       std::string names;
-      for (const FileType& t : kFileTypes) names += fmt::format("{}{}", names.empty() ? "" : ", ", t.name);
+      for (const FileType& t : kFileTypes)
+        names += fmt::format("{}{}", names.empty() ? "" : ", ", t.name);
       fail("tensor '{}' has dtype '{}'; {} are allowed", shown(entry_.name),
            shown(entry_.dtype_text), names);
     }
@@ -253,9 +254,10 @@ SafetensorsHeader parse_safetensors_header(std::string_view json, std::uint64_t 
   std::uint64_t covered = 0;
   for (const SafetensorsEntry& entry : tensors) {
     if (entry.begin != covered) {
-      fail("tensor '{}' starts at byte {} of the data, but the tensors before it end at {}; gaps "
-           "and overlaps are not allowed",
-           shown(entry.name), entry.begin, covered);
+      fail(
+          "tensor '{}' starts at byte {} of the data, but the tensors before it end at {}; gaps "
+          "and overlaps are not allowed",
+          shown(entry.name), entry.begin, covered);
     }
     covered = entry.end;
   }

@@ -1,8 +1,5 @@
 // A whole safetensors file as the fuzzer makes it: the header must be refused with a sentence or
 // hold every promise of SafetensorsHeader, and each tensor must be readable.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -11,6 +8,9 @@
 #include <span>
 #include <string>
 #include <vector>
+
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "io/safetensors.h"
 #include "zigzag/error.h"
