@@ -74,7 +74,7 @@ TEST_P(Bits, StagesGiveTheSameBits) {
 
 INSTANTIATE_TEST_SUITE_P(Types, Bits,
                          testing::Values(DType::kFloat32, DType::kBFloat16, DType::kFloat16),
-                         [](const auto& info) { return std::string(dtype_name(info.param)); });
+                         [](const auto& type) { return std::string(dtype_name(type.param)); });
 
 TEST(Bits, TheNumberOfThreadsChangesNothing) {
   const AttentionCase problem = mixed_case(DType::kFloat32, true);

@@ -45,7 +45,7 @@ TEST_P(EveryPack, MatchesTheReference) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Ranks, EveryPack, testing::ValuesIn(kWorldSizes),
-                         [](const auto& info) { return "W" + std::to_string(info.param); });
+                         [](const auto& world) { return "W" + std::to_string(world.param); });
 
 TEST(AttentionOptions, EveryMask) {
   const std::array<Mask, 9> masks{{{true, -1, -1},

@@ -42,7 +42,7 @@ TEST_P(EveryShape, MatchesTheReference) {
 
 INSTANTIATE_TEST_SUITE_P(Types, EveryShape,
                          testing::Values(DType::kFloat32, DType::kBFloat16, DType::kFloat16),
-                         [](const auto& info) { return std::string(dtype_name(info.param)); });
+                         [](const auto& type) { return std::string(dtype_name(type.param)); });
 
 }  // namespace
 }  // namespace zigzag::test
