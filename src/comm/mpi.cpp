@@ -112,7 +112,6 @@ class MpiTransport final : public Transport {
   void run_rounds(const ExchangeTable& table, std::span<const RowView> views, const Step& step,
                   Start&& start_round, Finish&& finish_round, Meanwhile&& meanwhile) {
     const std::string text = step_text(step);
-    link_.begin(text);
     std::int64_t row_bytes = 0;
     for (const RowView& view : views) row_bytes += view.row_bytes;
     // A sent and a received message a peer and one block of packed rows, twice for two rounds.
@@ -123,6 +122,7 @@ class MpiTransport final : public Transport {
       round.end = rounds.end(t);
       round.batch.clear();
       round.arrivals.clear();
+      link_.begin(text);
       start_round(round);
     };
     try {

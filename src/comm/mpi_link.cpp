@@ -24,8 +24,12 @@ constexpr std::size_t kAbortBytes = 768;
 using Clock = std::chrono::steady_clock;
 using namespace std::chrono_literals;
 
-// mpirun kills a process a second after it asked it to end; this leaves time for a sentence.
-constexpr auto kGrace = 250ms;
+// After a reason to stop was seen, messages that are still on their way get this long. A dead peer
+// sends nothing any more; a launcher that ends the job kills a second after it has asked.
+constexpr auto kAfterDeath = 20ms;
+constexpr auto kAfterSignal = 200ms;
+constexpr auto kForAbort = 100ms;
+constexpr auto kForRelease = 100ms;
 
 std::string error_text(int code) {
   char text[MPI_MAX_ERROR_STRING] = {};
@@ -36,9 +40,16 @@ std::string error_text(int code) {
 
 }  // namespace
 
+void MpiBatch::add(MPI_Request request, int peer, bool receive) {
+  requests.push_back(request);
+  peers.push_back(peer);
+  receives.push_back(receive ? 1 : 0);
+}
+
 void MpiBatch::clear() {
   requests.clear();
   peers.clear();
+  receives.clear();
   done = 0;
 }
 
@@ -77,8 +88,7 @@ MpiLink::MpiLink(MPI_Comm communicator, double timeout)
   MPI_Comm_rank(communicator, &rank_);
   MPI_Comm_size(communicator, &size_);
   MpiBatch batch;
-  batch.requests.push_back(MPI_REQUEST_NULL);
-  batch.peers.push_back(-1);
+  batch.add(MPI_REQUEST_NULL, -1, false);
   constexpr std::string_view kStep = "the duplication of the MPI communicator";
   // Not in comm_ yet: what is not complete may not be looked at.
   MPI_Comm duplicate = MPI_COMM_NULL;
@@ -134,8 +144,7 @@ void MpiLink::send(MpiBatch& batch, int peer, const std::byte* data, std::int64_
     MPI_Request request = MPI_REQUEST_NULL;
     check(MPI_Isend(data + at, count, MPI_BYTE, peer, kFirstTag + sequence_, comm_, &request),
           "MPI_Isend", peer, "a send");
-    batch.requests.push_back(request);
-    batch.peers.push_back(peer);
+    batch.add(request, peer, false);
   }
 }
 
@@ -145,8 +154,7 @@ void MpiLink::receive(MpiBatch& batch, int peer, std::byte* data, std::int64_t b
     MPI_Request request = MPI_REQUEST_NULL;
     check(MPI_Irecv(data + at, count, MPI_BYTE, peer, kFirstTag + sequence_, comm_, &request),
           "MPI_Irecv", peer, "a receive");
-    batch.requests.push_back(request);
-    batch.peers.push_back(peer);
+    batch.add(request, peer, true);
   }
 }
 
@@ -185,6 +193,9 @@ void MpiLink::wait(MpiBatch& batch, std::string_view step) {
     pause.idle();
     if (pause.time_to_look()) look_around(batch, step, pause);
   }
+  // A rank that failed may have freed the rows that the last message was read from; its word came
+  // before that.
+  receive_abort(batch, step);
 }
 
 void MpiLink::look_around(MpiBatch& batch, std::string_view step, Pause& pause) {
@@ -199,22 +210,23 @@ void MpiLink::look_around(MpiBatch& batch, std::string_view step, Pause& pause) 
 
   // A reason to stop is acted on a little later: the messages of a peer that ended well, and a
   // peer's word about why it failed, may still be on their way.
-  const auto stop = [&](std::string reason) {
+  const auto stop = [&](std::string reason, std::chrono::milliseconds grace) {
     pause.reason = std::move(reason);
-    if (pause.give_up == Clock::time_point::max()) pause.give_up = Clock::now() + kGrace;
+    pause.give_up = std::min(pause.give_up, Clock::now() + grace);
   };
   const bool terminated = detail::termination_signal() != 0;
   if (terminated && !pause.peer_died) {
-    stop(
-        fmt::format("rank {} stopped in {} while it waited for {}: signal {} asked it to end, as "
-                    "mpirun does when another rank has died",
-                    rank_, step, ranks_text(missing), detail::termination_signal()));
+    stop(fmt::format("rank {} stopped in {} while it waited for {}: signal {} asked it to end, as "
+                     "mpirun does when another rank has died",
+                     rank_, step, ranks_text(missing), detail::termination_signal()),
+         kAfterSignal);
   }
   for (int peer = 0; peer < size_; ++peer) {
     const bool needed = std::binary_search(missing.begin(), missing.end(), peer);
     if ((!needed && !terminated) || pause.peer_died || !watch_.dead(peer)) continue;
     pause.peer_died = true;
-    stop(fmt::format("rank {} stopped in {}: {} has died", rank_, step, watch_.describe(peer)));
+    stop(fmt::format("rank {} stopped in {}: {} has died", rank_, step, watch_.describe(peer)),
+         kAfterDeath);
   }
   if (Clock::now() >= pause.give_up) {
     give_up(batch, pause.reason);
@@ -241,25 +253,37 @@ void MpiLink::receive_abort(MpiBatch& batch, std::string_view step) {
   MPI_Recv(text.data(), static_cast<int>(kAbortBytes), MPI_CHAR, status.MPI_SOURCE, kAbortTag,
            comm_, MPI_STATUS_IGNORE);
   text.back() = '\0';
-  release(batch);
   failure_ = text.data();
   detail::mark_mpi_failed();
+  release(batch);
   throw_peer_failed(rank_, status.MPI_SOURCE, step, text.data());
 }
 
 void MpiLink::release(MpiBatch& batch) noexcept {
+  // A receive may not land in memory that the caller frees after the exception, nor a peer read
+  // rows from it. Cancelled receives and messages between living ranks end at once; a message
+  // with a dead rank never does, and nobody touches its memory any more.
+  for (std::size_t i = 0; i < batch.requests.size(); ++i) {
+    if (batch.requests[i] != MPI_REQUEST_NULL && batch.receives[i] != 0) {
+      MPI_Cancel(&batch.requests[i]);
+    }
+  }
+  const auto end = Clock::now() + kForRelease;
   for (MPI_Request& request : batch.requests) {
-    if (request == MPI_REQUEST_NULL) continue;
-    // A receive must not land in memory that the caller frees after the exception.
-    MPI_Cancel(&request);
-    MPI_Request_free(&request);
+    int done = 0;
+    while (request != MPI_REQUEST_NULL && done == 0 &&
+           MPI_Test(&request, &done, MPI_STATUS_IGNORE) == MPI_SUCCESS && Clock::now() < end) {
+      if (done == 0) std::this_thread::yield();
+    }
+    if (request != MPI_REQUEST_NULL) MPI_Request_free(&request);
   }
 }
 
 void MpiLink::give_up(MpiBatch& batch, const std::string& sentence) noexcept {
+  // First the word to the peers, so that they leave what this rank still waits for.
+  abort(sentence);
   // The duplication of a communicator cannot be cancelled.
   if (comm_ != MPI_COMM_NULL) release(batch);
-  abort(sentence);
 }
 
 void MpiLink::abort(std::string_view reason) noexcept {
@@ -274,7 +298,7 @@ void MpiLink::abort(std::string_view reason) noexcept {
   detail::mark_mpi_failed();
   if (comm_ == MPI_COMM_NULL) return;
   std::copy_n(failure_.data(), std::min(failure_.size(), kAbortBytes - 1), abort_message_.data());
-  const auto end = Clock::now() + kGrace;
+  const auto end = Clock::now() + kForAbort;
   for (int peer = 0; peer < size_; ++peer) {
     if (peer == rank_ || watch_.dead(peer)) continue;
     MPI_Request request = MPI_REQUEST_NULL;

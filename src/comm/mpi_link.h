@@ -16,8 +16,10 @@ namespace zigzag::comm {
 struct MpiBatch {
   std::vector<MPI_Request> requests;
   std::vector<int> peers;
+  std::vector<char> receives;  // 1 for a receive, 0 for a send
   std::size_t done = 0;
   bool complete() const { return done == requests.size(); }
+  void add(MPI_Request request, int peer, bool receive);
   void clear();
 };
 
@@ -36,7 +38,8 @@ class MpiLink {
   int rank() const { return rank_; }
   int size() const { return size_; }
 
-  /// Starts an exchange: messages of one are never taken for those of another.
+  /// Starts an exchange or a round of one: messages of one are never taken for those of another,
+  /// even after some of its receives were cancelled.
   void begin(std::string_view step);
   /// Any number of bytes; both sides cut them at the same places.
   void send(MpiBatch& batch, int peer, const std::byte* data, std::int64_t bytes);
