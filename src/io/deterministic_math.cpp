@@ -6,6 +6,9 @@ namespace zigzag::io {
 namespace {
 
 constexpr double kLn2 = 0.693147180559945309417;
+// The same in two parts, the first with zeros at its end so that small multiples of it are exact.
+constexpr double kLn2High = 0x1.62e42fefa3800p-1;
+constexpr double kLn2Low = 0x1.ef35793c76730p-45;
 constexpr double kTwoPi = 6.283185307179586476925;
 constexpr double kSqrtHalf = 0.707106781186547524401;
 
@@ -23,12 +26,12 @@ double portable_log(double x) {
   const double z2 = z * z;
   double sum = 0;
   for (int n = 21; n >= 1; n -= 2) sum = sum * z2 + 1.0 / n;
-  return exponent * kLn2 + 2 * z * sum;
+  return exponent * kLn2High + (exponent * kLn2Low + 2 * z * sum);
 }
 
 double portable_exp(double x) {
   const double k = std::floor(x / kLn2 + 0.5);
-  const double r = x - k * kLn2;
+  const double r = x - k * kLn2High - k * kLn2Low;
   double sum = 1;
   for (int n = 16; n >= 1; --n) sum = 1 + sum * r / n;
   return std::ldexp(sum, static_cast<int>(k));
