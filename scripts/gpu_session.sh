@@ -4,7 +4,7 @@
 # does not stop the others.
 #   scripts/gpu_session.sh test|single|ranks|sanitize...
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 OUT="${OUT:-build/gpu_out}"
 mkdir -p "${OUT}"
 carry=build/gpu_carry

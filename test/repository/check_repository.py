@@ -15,7 +15,7 @@ SOURCE_SUFFIXES = {".h", ".cpp", ".cu", ".cuh", ".py", ".cmake", ".sh"}
 SKIPPED_FOLDERS = {"build", ".git", ".cache", "dist", "__pycache__", "node_modules"}
 
 # Folders of the library and its programs. Tests may restate a formula: that is what checks it.
-CODE_FOLDERS = ("src", "include", "cli", "python", "benchmarks", "examples")
+CODE_FOLDERS = ("src", "include", "cli", "python", "examples")
 # The plan is the only place with chunk arithmetic; plan_*.cpp and plan_*.h are parts of it.
 PLAN = re.compile(r"^src/plan(_\w+)?\.(cpp|h)$")
 
