@@ -25,7 +25,14 @@ from zigzag_attention.helpers import (
 )
 from zigzag_attention.kernels import kernels
 from zigzag_attention.layout import shard, unshard
-from zigzag_attention.packing import Pack, collate, position_ids, shift_labels, token_mean
+from zigzag_attention.packing import (
+    Pack,
+    collate,
+    position_ids,
+    shift_labels,
+    sum_gradients,
+    token_mean,
+)
 from zigzag_attention.plan import Chunk, Plan
 from zigzag_attention.system import components, version
 
@@ -55,6 +62,7 @@ __all__ = [
     "shard",
     "shift_labels",
     "split_q_by_zigzag_chunk_index",
+    "sum_gradients",
     "token_mean",
     "unshard",
     "version",

@@ -13,17 +13,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from zigzag_attention import _torch
 from zigzag_attention._arrays import is_torch
 from zigzag_attention.communicator import Group, communicator_of
 from zigzag_attention.layout import shard
-from zigzag_attention.packing import Pack, position_ids
+from zigzag_attention.packing import Pack, position_ids, sum_gradients
 from zigzag_attention.plan import Plan
 
 if TYPE_CHECKING:
     import torch
+
+__all__ = ["Registration", "register", "sum_gradients"]
 
 # What models pass along and what changes nothing here.
 _IGNORED = {
@@ -202,30 +202,3 @@ def register(
     AttentionInterface.register(name, registration.attend)
     AttentionMaskInterface.register(name, _no_mask)
     return registration
-
-
-def sum_gradients(model: torch.nn.Module, group: Group = None) -> None:
-    """Adds the parameters' gradients of all ranks, in place, in float32 and in rank order, so that
-    every rank holds the gradients of the whole pack, bit for bit the same.
-
-    DistributedDataParallel takes their mean instead: multiply the loss by the ranks there.
-    """
-    import torch
-
-    communicator = communicator_of(group)
-    if communicator.size == 1:
-        return
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
-                continue
-            if parameter.grad is None:  # a rank without tokens of its own still takes part
-                parameter.grad = torch.zeros_like(parameter)
-            mine = parameter.grad.detach().float().cpu().contiguous()
-            everyone = communicator.all_gather(mine.numpy().tobytes())
-            parts = np.frombuffer(everyone, dtype=np.float32).reshape(communicator.size, -1)
-            total = parts[0].copy()
-            for part in parts[1:]:
-                total += part
-            summed = torch.from_numpy(total).reshape(mine.shape)
-            parameter.grad.copy_(summed.to(parameter.grad.dtype))

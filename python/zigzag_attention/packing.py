@@ -130,3 +130,39 @@ def token_mean(
     count = max(float(sums[1]), 1.0)
     mean = torch.tensor(sums[0] / count, dtype=loss_sum.dtype, device=loss_sum.device)
     return loss_sum / count, mean
+
+
+def sum_gradients(model: torch.nn.Module, group: Group = None) -> None:
+    """Adds the parameters' gradients of all ranks, in place, in float32 and in rank order: every
+    rank then holds the gradients of the whole pack, bit for bit the same.
+
+    One exchange of world_size x the model's size, for models that fit; DistributedDataParallel
+    takes the ranks' MEAN instead, so multiply the loss by the number of ranks there.
+
+    Args:
+        model: its parameters with requires_grad take part, the same on all ranks.
+        group: a torch.distributed group, a `Communicator`, or None for the world.
+    """
+    import torch
+
+    from zigzag_attention.communicator import communicator_of
+
+    communicator = communicator_of(group)
+    parameters = [x for x in model.parameters() if x.requires_grad]
+    if communicator.size == 1 or not parameters:
+        return
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.grad is None:  # a rank without tokens of its own still takes part
+                parameter.grad = torch.zeros_like(parameter)
+        gradients: list[Any] = [parameter.grad for parameter in parameters]
+        mine = torch.cat([gradient.float().flatten().cpu() for gradient in gradients])
+        everyone = communicator.all_gather(mine.numpy().tobytes())
+        parts = np.frombuffer(everyone, dtype=np.float32).reshape(communicator.size, -1)
+        total = parts[0].copy()
+        for part in parts[1:]:
+            total += part
+        sizes = [gradient.numel() for gradient in gradients]
+        summed = torch.split(torch.from_numpy(total), sizes)
+        for gradient, whole in zip(gradients, summed, strict=True):
+            gradient.copy_(whole.view_as(gradient))

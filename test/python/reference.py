@@ -48,7 +48,7 @@ def close(got: torch.Tensor, want: torch.Tensor, bound: float) -> None:
     """Relative L2 error within `bound`; NaN fails."""
     assert got.shape == want.shape
     error = (got.detach().double() - want.detach()).norm()
-    assert bool(error <= bound * max(float(want.detach().norm()), 0.1)), (
+    assert bool(error <= bound * max(float(want.detach().norm()), 1.0)), (
         f"L2 error {float(error):.2e} of {float(want.detach().norm()):.2e}, bound {bound:.0e}"
     )
 

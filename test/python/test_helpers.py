@@ -100,7 +100,7 @@ def test_llama3_arguments_describe_each_ranks_run(cu, size, causal):
 
 
 def test_llama3_needs_equal_runs():
-    with pytest.raises(ValueError, match="17 tokens.*multiple of world_size, 4"):
+    with pytest.raises(ValueError, match=r"17 tokens.*multiple of world_size, 4"):
         llama3_flash_attn_prepare_cu_seqlens([0, 17], True, 0, 4)
     with pytest.raises(ValueError, match="rank is 4; it must be 0 to 3"):
         llama3_flash_attn_prepare_cu_seqlens([0, 16], True, 4, 4)

@@ -89,24 +89,10 @@ def test_public_names_are_documented(name):
 
 
 SIGNATURE = [
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "max_seqlen_q",
-    "max_seqlen_k",
-    "heads_k_stride",
-    "local_k_slice",
-    "dropout_p",
-    "softmax_scale",
-    "causal",
-    "window_size",
-    "alibi_slopes",
-    "deterministic",
-    "return_attn_probs",
-    "group",
-    "n_chunks",
-    "use_triton_kernel",
-    "use_fused_kernel_forward",
-    "use_fused_kernel_backward",
+    *("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "heads_k_stride"),
+    *("local_k_slice", "dropout_p", "softmax_scale", "causal", "window_size", "alibi_slopes"),
+    *("deterministic", "return_attn_probs", "group", "n_chunks", "use_triton_kernel"),
+    *("use_fused_kernel_forward", "use_fused_kernel_backward"),
 ]
 
 
