@@ -19,8 +19,10 @@ namespace {
 
 using std::int64_t;
 
-/// Bytes of K and V of the whole pack that one stage gathers at most, where it has a choice.
-constexpr int64_t kStageBytes = int64_t{256} << 20;
+/// Bytes of K and V of the whole pack that one stage gathers at most, where it has a choice. On a
+/// GPU every stage costs launches that fill the chip less well: stages are for memory alone.
+constexpr int64_t kCpuStageBytes = int64_t{256} << 20;
+constexpr int64_t kCudaStageBytes = int64_t{8} << 30;
 
 std::unique_ptr<Backend> make_backend(Device device, Kernels kernels, void* stream) {
   return device.type == DeviceType::kCpu ? make_cpu_backend(kernels)
@@ -215,12 +217,13 @@ class Schedule {
 }  // namespace
 
 int64_t auto_kv_heads_per_stage(const Plan& plan, int64_t kv_heads, int64_t head_dim, DType dtype,
-                                Device) {
+                                Device device) {
   // Every rank must choose alike, so the choice rests on what all of them know.
   const int64_t head_bytes = 2 * plan.total_tokens() * head_dim * item_size(dtype);
+  const int64_t limit = device.type == DeviceType::kCpu ? kCpuStageBytes : kCudaStageBytes;
   int64_t best = 1;
   for (int64_t stage = 1; stage <= kv_heads; ++stage) {
-    if (kv_heads % stage == 0 && head_bytes <= kStageBytes / stage) best = stage;
+    if (kv_heads % stage == 0 && head_bytes <= limit / stage) best = stage;
   }
   return best;
 }
