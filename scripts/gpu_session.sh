@@ -2,7 +2,7 @@
 # Runs the GPU programs of build/gpu_carry (made by scripts/gpu_pack) on a machine with GPUs: logs
 # and JSON go to $OUT (default build/gpu_out), a short summary is printed last. A part that fails
 # does not stop the others.
-#   scripts/gpu_session.sh test|single|ranks|sanitize...
+#   scripts/gpu_session.sh test|processes|run|single|ranks|real|sanitize...
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 OUT="${OUT:-build/gpu_out}"
@@ -51,6 +51,9 @@ for what in "$@"; do
     ranks)
       part bench_peer 120 "${carry}/gpu_bench" --json "${OUT}/bench_peer.json" peer
       part bench_nccl 120 "${carry}/gpu_bench" --json "${OUT}/bench_nccl.json" nccl
+      ;;
+    real)
+      part bench_real 150 "${carry}/gpu_bench" --json "${OUT}/bench_real.json" real
       ;;
     sanitize)
       part memcheck 200 compute-sanitizer --tool memcheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter='GpuLayout.Empty:GpuAttention.OneRankHeadGroups:GpuAttention.Stages'

@@ -147,8 +147,8 @@ class NcclTransport final : public Transport {
                std::vector<const void*> bases(static_cast<std::size_t>(size()), received);
                bases[static_cast<std::size_t>(rank())] = partials[t].data;
                cuda::sum_rows(
-                   bases, partials[t].dtype, destinations[t], key, [&] { return sum_table(table); },
-                   queue.stream);
+                   bases, partials[t].dtype, 1, destinations[t], key,
+                   [&] { return sum_table(table); }, queue.stream);
              });
   }
 

@@ -167,8 +167,8 @@ class PeerTransport final : public Transport {
             static_cast<std::uintptr_t>(all[static_cast<std::size_t>(r) * partials.size() + t])));
       }
       cuda::sum_rows(
-          sources, partials[t].dtype, destinations[t], key, [&] { return sum_table(table, false); },
-          stream);
+          sources, partials[t].dtype, 1, destinations[t], key,
+          [&] { return sum_table(table, false); }, stream);
     }
     group_.end(stream);
     group_.wait_for_readers(step, stream);
@@ -215,8 +215,8 @@ class PeerTransport final : public Transport {
                                       : memory + theirs[t] + first_row * row_bytes(partials[t]));
       }
       cuda::sum_rows(
-          sources, partials[t].dtype, destinations[t], key, [&] { return sum_table(table, true); },
-          stream);
+          sources, partials[t].dtype, 1, destinations[t], key,
+          [&] { return sum_table(table, true); }, stream);
     }
     group_.end(stream);
   }

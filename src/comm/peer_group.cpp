@@ -191,13 +191,9 @@ PeerGroup::~PeerGroup() {
     }
   }
   (void)cudaSetDevice(previous);
-  if (one_process_ || std::uncaught_exceptions() > 0) return;
-  try {
-    // Memory that another process has mapped is freed only after all have let go of it.
-    bootstrap_->barrier();
-  } catch (...) {
-    // A peer that failed has said so already.
-  }
+  // Other processes may have this rank's memory mapped and may not even be alive to say so: it
+  // stays until the process ends.
+  if (!one_process_ && share_ != nullptr) new std::shared_ptr<PeerShare>(share_);
 }
 
 void* PeerGroup::begin(std::int64_t bytes, cudaStream_t stream) {

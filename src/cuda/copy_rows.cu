@@ -51,11 +51,30 @@ __device__ std::int64_t find_entry(const CopyEntry* table, std::int64_t low, std
   return low;
 }
 
+/// The same for the whole table by a warp that probes 32 entries at a time.
+__device__ std::int64_t find_entry_by_warp(const CopyEntry* table, std::int64_t count,
+                                           std::int64_t row) {
+  std::int64_t low = 0;
+  std::int64_t size = count;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  while (size > 1) {
+    const std::int64_t stride = (size + 31) / 32;
+    const std::int64_t probe = low + lane * stride;
+    const bool before = probe < low + size && table[probe].begin <= row;
+    // Lane 0 always holds: the row is not before the range.
+    const int last = 31 - __clz(static_cast<int>(__ballot_sync(0xffffffffu, before)));
+    const std::int64_t end = low + size;
+    low += last * stride;
+    size = min(stride, end - low);
+  }
+  return low;
+}
+
 /// Each block moves kCopyChunk vectors of the rows taken end to end. A row that is one run needs no
 /// second division (kOneRun); vectors are loaded before the first is stored.
-template <int kWidth, bool kOneRun>
+template <int kWidth, bool kOneRun, typename Params>
 __global__ void __launch_bounds__(kCopyThreads)
-    copy_rows_kernel(const __grid_constant__ CopyParams params) {
+    copy_rows_kernel(const __grid_constant__ Params params) {
   using Vec = typename Vector<kWidth>::Type;
   const CopyEntry* table = params.table != nullptr ? params.table : params.inline_table;
   const std::int64_t total = params.rows * params.row_vectors;
@@ -65,10 +84,11 @@ __global__ void __launch_bounds__(kCopyThreads)
   const std::int64_t first_row = chunk_begin / params.row_vectors;
   const auto skip = static_cast<std::uint32_t>(chunk_begin - first_row * params.row_vectors);
   const std::int64_t last_row = (chunk_end - 1) / params.row_vectors;
-  const std::int64_t first_entry = find_entry(table, 0, params.entries, first_row);
+  const std::int64_t first_entry = find_entry_by_warp(table, params.entries, first_row);
   std::int64_t last_entry = first_entry;
   if (first_entry + 1 < params.entries && table[first_entry + 1].begin <= last_row) {
-    last_entry = find_entry(table, first_entry, params.entries, last_row);
+    last_entry = first_entry +
+                 find_entry_by_warp(table + first_entry, params.entries - first_entry, last_row);
   }
   Vec values[kCopyUnroll];
   char* targets[kCopyUnroll];
@@ -168,8 +188,18 @@ int common_width(const CopyParams& params, int sources, std::int64_t run_bytes) 
   return static_cast<int>(bits & (~bits + 1));
 }
 
+template <int kWidth, typename Params>
+void launch_kernel(const Params& params, bool one_run, unsigned blocks, cudaStream_t stream) {
+  if (one_run) {
+    copy_rows_kernel<kWidth, true><<<dim3(blocks), kCopyThreads, 0, stream>>>(params);
+  } else {
+    copy_rows_kernel<kWidth, false><<<dim3(blocks), kCopyThreads, 0, stream>>>(params);
+  }
+  check_launch("copy_rows_kernel");
+}
+
 template <int kWidth>
-void launch_width(CopyParams& params, std::int64_t run_bytes, std::int64_t runs,
+void launch_width(CopyParams& params, int sources, std::int64_t run_bytes, std::int64_t runs,
                   cudaStream_t stream) {
   const std::int64_t row_vectors = run_bytes / kWidth * runs;
   if (row_vectors > (std::int64_t{1} << 31)) {
@@ -180,27 +210,32 @@ void launch_width(CopyParams& params, std::int64_t run_bytes, std::int64_t runs,
   params.row_vectors = static_cast<std::uint32_t>(row_vectors);
   const std::int64_t blocks = (params.rows * row_vectors + kCopyChunk - 1) / kCopyChunk;
   if (blocks > 0x7fffffff) throw DeviceError("the copy has too many rows for one launch");
-  const dim3 grid(static_cast<unsigned>(blocks));
-  if (runs == 1) {
-    copy_rows_kernel<kWidth, true><<<grid, kCopyThreads, 0, stream>>>(params);
+  const auto grid = static_cast<unsigned>(blocks);
+  if (sources <= kFewSources && (params.table != nullptr || params.entries <= kFewEntries)) {
+    FewCopyParams few{};
+    static_cast<CopyShape&>(few) = params;
+    std::copy_n(params.sources, sources, few.sources);
+    if (params.table == nullptr) {
+      std::copy_n(params.inline_table, params.entries, few.inline_table);
+    }
+    launch_kernel<kWidth>(few, runs == 1, grid, stream);
   } else {
-    copy_rows_kernel<kWidth, false><<<grid, kCopyThreads, 0, stream>>>(params);
+    launch_kernel<kWidth>(params, runs == 1, grid, stream);
   }
-  check_launch("copy_rows_kernel");
 }
 
 void launch(CopyParams& params, int sources, const Runs& runs, cudaStream_t stream) {
   switch (common_width(params, sources, runs.run_bytes)) {
     case 16:
-      return launch_width<16>(params, runs.run_bytes, runs.runs, stream);
+      return launch_width<16>(params, sources, runs.run_bytes, runs.runs, stream);
     case 8:
-      return launch_width<8>(params, runs.run_bytes, runs.runs, stream);
+      return launch_width<8>(params, sources, runs.run_bytes, runs.runs, stream);
     case 4:
-      return launch_width<4>(params, runs.run_bytes, runs.runs, stream);
+      return launch_width<4>(params, sources, runs.run_bytes, runs.runs, stream);
     case 2:
-      return launch_width<2>(params, runs.run_bytes, runs.runs, stream);
+      return launch_width<2>(params, sources, runs.run_bytes, runs.runs, stream);
     default:
-      return launch_width<1>(params, runs.run_bytes, runs.runs, stream);
+      return launch_width<1>(params, sources, runs.run_bytes, runs.runs, stream);
   }
 }
 

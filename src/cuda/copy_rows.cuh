@@ -8,9 +8,12 @@ constexpr int kCopyThreads = 256;
 constexpr int kCopyUnroll = 8;
 /// Vectors that one block moves.
 constexpr int kCopyChunk = kCopyThreads * kCopyUnroll;
-/// Sources of one launch, and entries of a table that travels with the launch itself.
+/// Sources of one launch, and entries of a table that travels with the launch itself; few of both
+/// make the launch shorter.
 constexpr int kMaxSources = 64;
 constexpr int kInlineEntries = 48;
+constexpr int kFewSources = 4;
+constexpr int kFewEntries = 16;
 
 /// Rows [begin, next entry's begin) of the rows of a launch taken end to end.
 struct CopyEntry {
@@ -28,15 +31,21 @@ struct CopySide {
 };
 
 /// One launch. Sizes of a row count vectors of the launch's width.
-struct CopyParams {
-  CopySide sources[kMaxSources];
+struct CopyShape {
   CopySide destination;
   const CopyEntry* table;  // null: inline_table
-  CopyEntry inline_table[kInlineEntries];
   std::int64_t entries;
   std::int64_t rows;
   std::uint32_t row_vectors;
   std::uint32_t run_vectors;
 };
+
+template <int kSources, int kEntries>
+struct CopyParamsOf : CopyShape {
+  CopySide sources[kSources];
+  CopyEntry inline_table[kEntries];
+};
+using CopyParams = CopyParamsOf<kMaxSources, kInlineEntries>;
+using FewCopyParams = CopyParamsOf<kFewSources, kFewEntries>;
 
 }  // namespace zigzag::cuda

@@ -86,7 +86,9 @@ class Builder {
  public:
   Builder(fe::graph::Graph& graph, const CudnnShape& shape) : graph_(graph), shape_(shape) {}
 
+  /// Null for a dense shape.
   Tensor offsets(Uid uid, const char* name) {
+    if (shape_.dense) return nullptr;
     return graph_.tensor(fe::graph::Tensor_attributes()
                              .set_name(name)
                              .set_uid(uid)
@@ -104,20 +106,26 @@ class Builder {
   }
   Tensor input(Uid uid, const char* name, bool keys, std::int64_t row, std::int64_t head,
                const Tensor& ragged) {
-    return graph_.tensor(fe::graph::Tensor_attributes()
-                             .set_name(name)
-                             .set_uid(uid)
-                             .set_dim(dims(keys))
-                             .set_stride(strides(keys, row, head))
-                             .set_ragged_offset(ragged));
+    auto attributes = fe::graph::Tensor_attributes()
+                          .set_name(name)
+                          .set_uid(uid)
+                          .set_dim(dims(keys))
+                          .set_stride(strides(keys, row, head));
+    if (ragged != nullptr) attributes.set_ragged_offset(ragged);
+    return graph_.tensor(attributes);
   }
   void output(const Tensor& tensor, Uid uid, bool keys, std::int64_t row, std::int64_t head,
               const Tensor& ragged) {
-    tensor->set_output(true)
-        .set_uid(uid)
-        .set_dim(dims(keys))
-        .set_stride(strides(keys, row, head))
-        .set_ragged_offset(ragged);
+    tensor->set_output(true).set_uid(uid).set_dim(dims(keys)).set_stride(strides(keys, row, head));
+    if (ragged != nullptr) tensor->set_ragged_offset(ragged);
+  }
+  /// Tells the items' lengths, where they differ.
+  template <typename Attributes>
+  void set_lengths(Attributes& attributes) {
+    if (shape_.dense) return;
+    attributes.set_padding_mask(true)
+        .set_seq_len_q(lengths(kQLengths, "q_lengths"))
+        .set_seq_len_kv(lengths(kKLengths, "k_lengths"));
   }
   std::vector<std::int64_t> lse_dims() const {
     return {shape_.batch, shape_.heads, shape_.max_q, 1};
@@ -156,13 +164,10 @@ void describe_forward(fe::graph::Graph& graph, const CudnnShape& shape) {
       make.input(kK, "k", true, shape.k_row, shape.k_head, make.offsets(kKOffsets, "k_offsets"));
   const Tensor v =
       make.input(kV, "v", true, shape.v_row, shape.v_head, make.offsets(kVOffsets, "v_offsets"));
-  auto attributes = fe::graph::SDPA_attributes()
-                        .set_name("forward")
-                        .set_generate_stats(true)
-                        .set_attn_scale(static_cast<float>(shape.scale))
-                        .set_padding_mask(true)
-                        .set_seq_len_q(make.lengths(kQLengths, "q_lengths"))
-                        .set_seq_len_kv(make.lengths(kKLengths, "k_lengths"));
+  auto attributes =
+      fe::graph::SDPA_attributes().set_name("forward").set_generate_stats(true).set_attn_scale(
+          static_cast<float>(shape.scale));
+  make.set_lengths(attributes);
   set_mask(attributes, shape.mask);
   auto [out, lse] = graph.sdpa(q, k, v, attributes);
   make.output(out, kOut, false, shape.out_row, shape.out_head,
@@ -171,8 +176,8 @@ void describe_forward(fe::graph::Graph& graph, const CudnnShape& shape) {
       .set_uid(kLse)
       .set_data_type(fe::DataType_t::FLOAT)
       .set_dim(make.lse_dims())
-      .set_stride(make.lse_strides())
-      .set_ragged_offset(make.offsets(kLseOffsets, "lse_offsets"));
+      .set_stride(make.lse_strides());
+  if (!shape.dense) lse->set_ragged_offset(make.offsets(kLseOffsets, "lse_offsets"));
 }
 
 void describe_backward(fe::graph::Graph& graph, const CudnnShape& shape) {
@@ -187,25 +192,25 @@ void describe_backward(fe::graph::Graph& graph, const CudnnShape& shape) {
                                 make.offsets(kOutOffsets, "out_offsets"));
   const Tensor dout = make.input(kDout, "dout", false, shape.dout_row, shape.dout_head,
                                  make.offsets(kDoutOffsets, "dout_offsets"));
-  const Tensor lse = graph.tensor(fe::graph::Tensor_attributes()
-                                      .set_name("lse")
-                                      .set_uid(kLse)
-                                      .set_data_type(fe::DataType_t::FLOAT)
-                                      .set_dim(make.lse_dims())
-                                      .set_stride(make.lse_strides())
-                                      .set_ragged_offset(make.offsets(kLseOffsets, "lse_offsets")));
+  auto lse_attributes = fe::graph::Tensor_attributes()
+                            .set_name("lse")
+                            .set_uid(kLse)
+                            .set_data_type(fe::DataType_t::FLOAT)
+                            .set_dim(make.lse_dims())
+                            .set_stride(make.lse_strides());
+  if (!shape.dense) lse_attributes.set_ragged_offset(make.offsets(kLseOffsets, "lse_offsets"));
+  const Tensor lse = graph.tensor(lse_attributes);
   auto attributes = fe::graph::SDPA_backward_attributes()
                         .set_name("backward")
                         .set_attn_scale(static_cast<float>(shape.scale))
-                        .set_padding_mask(true)
-                        .set_seq_len_q(make.lengths(kQLengths, "q_lengths"))
-                        .set_seq_len_kv(make.lengths(kKLengths, "k_lengths"))
-                        .set_max_total_seq_len_q(shape.total_q)
-                        .set_max_total_seq_len_kv(shape.total_k)
                         .set_deterministic_algorithm(shape.deterministic);
+  make.set_lengths(attributes);
+  if (!shape.dense) {
+    attributes.set_max_total_seq_len_q(shape.total_q).set_max_total_seq_len_kv(shape.total_k);
+  }
   set_mask(attributes, shape.mask);
   auto [dq, dk, dv] = graph.sdpa_backward(q, k, v, out, dout, lse, attributes);
-  const std::int64_t row = shape.kv_heads * shape.head_dim;
+  const std::int64_t row = shape.dk_row;
   const Tensor dkv_offsets = make.offsets(kDkvOffsets, "dkv_offsets");
   make.output(dq, kDq, false, shape.dq_row, shape.dq_head, make.offsets(kDqOffsets, "dq_offsets"));
   make.output(dk, kDk, true, row, shape.head_dim, dkv_offsets);
@@ -290,27 +295,28 @@ void CudnnEngine::run(const CudnnShape& shape, const CudnnArrays& arrays, void* 
                       fe::detail::get_error_string(status));
   }
   std::unordered_map<std::int64_t, void*> pack{
-      {kQ, writable(arrays.q)},
-      {kK, writable(arrays.k)},
-      {kV, writable(arrays.v)},
-      {kOut, arrays.out},
-      {kLse, arrays.lse},
-      {kQOffsets, writable(arrays.q_offsets)},
-      {kKOffsets, writable(arrays.k_offsets)},
-      {kVOffsets, writable(arrays.v_offsets)},
-      {kOutOffsets, writable(arrays.out_offsets)},
-      {kLseOffsets, writable(arrays.lse_offsets)},
-      {kQLengths, writable(arrays.q_lengths)},
-      {kKLengths, writable(arrays.k_lengths)},
+      {kQ, writable(arrays.q)}, {kK, writable(arrays.k)}, {kV, writable(arrays.v)},
+      {kOut, arrays.out},       {kLse, arrays.lse},
   };
+  if (!shape.dense) {
+    pack[kQOffsets] = writable(arrays.q_offsets);
+    pack[kKOffsets] = writable(arrays.k_offsets);
+    pack[kVOffsets] = writable(arrays.v_offsets);
+    pack[kOutOffsets] = writable(arrays.out_offsets);
+    pack[kLseOffsets] = writable(arrays.lse_offsets);
+    pack[kQLengths] = writable(arrays.q_lengths);
+    pack[kKLengths] = writable(arrays.k_lengths);
+  }
+  if (shape.backward && !shape.dense) {
+    pack[kDoutOffsets] = writable(arrays.dout_offsets);
+    pack[kDqOffsets] = writable(arrays.dq_offsets);
+    pack[kDkvOffsets] = writable(arrays.dkv_offsets);
+  }
   if (shape.backward) {
     pack[kDout] = writable(arrays.dout);
     pack[kDq] = arrays.dq;
     pack[kDk] = arrays.dk;
     pack[kDv] = arrays.dv;
-    pack[kDoutOffsets] = writable(arrays.dout_offsets);
-    pack[kDqOffsets] = writable(arrays.dq_offsets);
-    pack[kDkvOffsets] = writable(arrays.dkv_offsets);
   }
   fe::error_t error = plan.graph->execute(state_->handle, pack, workspace);
   if (error.is_bad()) throw DeviceError("cuDNN's attention failed: " + error.get_message());

@@ -32,13 +32,16 @@ struct CudnnShape {
   std::int64_t out_row = 0, out_head = 0;
   std::int64_t dout_row = 0, dout_head = 0;
   std::int64_t dq_row = 0, dq_head = 0;
+  std::int64_t dk_row = 0;  // of dk and dv, whose heads lie side by side
   std::int64_t lse_row = 0;
+  // Items of max_q x max_k rows, all of one length and one after another: no offsets, no lengths.
+  bool dense = false;
   double scale = 1;
   auto operator<=>(const CudnnShape&) const = default;
 };
 
 /// The arrays of one launch, all in device memory. Offsets [batch + 1] count elements, lengths
-/// [batch] rows. dk and dv are contiguous [rows, kv_heads, head_dim].
+/// [batch] rows.
 struct CudnnArrays {
   const void *q = nullptr, *k = nullptr, *v = nullptr, *dout = nullptr;
   void *out = nullptr, *lse = nullptr;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 
 #include "cuda/check.h"
@@ -113,7 +114,11 @@ void DeviceTable::release(cudaStream_t stream) {
 
 DeviceState& DeviceState::get(int index) {
   static std::mutex mutex;
-  static std::array<DeviceState*, kMaxDevices> states{};
+  static std::array<std::atomic<DeviceState*>, kMaxDevices> states{};
+  if (index >= 0 && index < kMaxDevices) {
+    DeviceState* state = states[static_cast<std::size_t>(index)].load(std::memory_order_acquire);
+    if (state != nullptr) return *state;
+  }
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess) {
     (void)cudaGetLastError();
@@ -124,11 +129,11 @@ DeviceState& DeviceState::get(int index) {
     throw DeviceError("device cuda:" + std::to_string(index) + " does not exist: there are " +
                       std::to_string(count) + " GPUs");
   }
-  std::lock_guard lock(mutex);
-  DeviceState*& state = states[static_cast<std::size_t>(index)];
+  const std::lock_guard lock(mutex);
+  std::atomic<DeviceState*>& state = states[static_cast<std::size_t>(index)];
   // Never destroyed: the driver is gone before static destructors run.
-  if (state == nullptr) state = new DeviceState(index);
-  return *state;
+  if (state.load() == nullptr) state.store(new DeviceState(index), std::memory_order_release);
+  return *state.load();
 }
 
 DeviceState::DeviceState(int index) : index_(index) {

@@ -42,23 +42,36 @@ std::vector<std::vector<Rectangle>> split_by_length(std::vector<Rectangle> items
   return {{items.begin(), middle}, {middle, items.end()}};
 }
 
-std::vector<Launch> make_launches(const std::vector<Rectangle>& items, CudnnMask mask,
-                                  int64_t& dq_rows, int64_t& dk_rows) {
-  std::vector<Launch> launches;
+void add_launches(std::vector<Launch>& launches, const std::vector<Rectangle>& items,
+                  CudnnMask mask, int layer, int64_t& dk_rows) {
   for (const std::vector<Rectangle>& part : split_by_length(items)) {
     Launch launch;
     launch.mask = mask;
+    launch.layer = layer;
     for (const Rectangle& item : part) {
-      launch.items.push_back(
-          {item.q_begin, item.q_count, item.k_begin, item.k_count, dq_rows, dk_rows});
+      launch.items.push_back({item.q_begin, item.q_count, item.k_begin, item.k_count, dk_rows});
       launch.max_q = std::max(launch.max_q, item.q_count);
       launch.max_k = std::max(launch.max_k, item.k_count);
-      dq_rows += item.q_count;
       dk_rows += item.k_count;
     }
     launches.push_back(std::move(launch));
   }
-  return launches;
+}
+
+/// The one length of all items when they are squares side by side that fill q and k; else 0.
+int64_t equal_length_of(std::vector<Rectangle> items) {
+  std::sort(items.begin(), items.end(),
+            [](const Rectangle& a, const Rectangle& b) { return a.q_begin < b.q_begin; });
+  int64_t row = 0;
+  for (const Rectangle& item : items) {
+    const int64_t length = items[0].q_count;
+    if (item.q_begin != row || item.k_begin != row || item.q_count != length ||
+        item.k_count != length) {
+      return 0;
+    }
+    row += length;
+  }
+  return items.empty() ? 0 : items[0].q_count;
 }
 
 /// A document's early and late items as one where they see keys alike: their rows stand side by
@@ -97,9 +110,9 @@ ForwardLaunches make_forward(const AttendArgs& args) {
   CudnnMask mask = CudnnMask::kNone;
   if (args.mask.causal) mask = square ? CudnnMask::kTopLeft : CudnnMask::kBottomRight;
   ForwardLaunches result;
-  int64_t unused_q = 0;
-  int64_t unused_k = 0;
-  result.launches = make_launches(items, mask, unused_q, unused_k);
+  int64_t unused = 0;
+  add_launches(result.launches, items, mask, 0, unused);
+  result.equal_length = equal_length_of(items);
   return result;
 }
 
@@ -125,31 +138,31 @@ void add_document(std::vector<Rectangle> rectangles, std::vector<Rectangle> diag
   all_diagonals.insert(all_diagonals.end(), diagonals.begin(), diagonals.end());
 }
 
-/// Parts of a sum whose destination rows overlap get sources of their own, in order.
-class SlotParts {
- public:
-  void add(int64_t begin, int64_t source_row, int64_t rows) {
-    std::size_t slot = 0;
-    while (slot < ends_.size() && overlaps(slot, begin, rows)) ++slot;
-    if (slot == ends_.size()) ends_.emplace_back();
-    ends_[slot][begin] = begin + rows;
-    parts_.push_back({static_cast<int64_t>(slot) + 1, begin, source_row, rows});
+/// Items in layers inside which no two share query rows.
+std::vector<std::vector<Rectangle>> in_layers(const std::vector<Rectangle>& items) {
+  std::vector<std::vector<Rectangle>> layers;
+  std::vector<std::map<int64_t, int64_t>> taken;  // by layer: begin -> end
+  for (const Rectangle& item : items) {
+    const int64_t end = item.q_begin + item.q_count;
+    std::size_t layer = 0;
+    for (; layer < layers.size(); ++layer) {
+      const auto& rows = taken[layer];
+      const auto after = rows.lower_bound(item.q_begin);
+      const bool hits_next = after != rows.end() && after->first < end;
+      const bool hits_last = after != rows.begin() && std::prev(after)->second > item.q_begin;
+      if (!hits_next && !hits_last) break;
+    }
+    if (layer == layers.size()) {
+      layers.emplace_back();
+      taken.emplace_back();
+    }
+    layers[layer].push_back(item);
+    taken[layer][item.q_begin] = end;
   }
-  int slots() const { return static_cast<int>(ends_.size()); }
-  const std::vector<SumPart>& parts() const { return parts_; }
+  return layers;
+}
 
- private:
-  bool overlaps(std::size_t slot, int64_t begin, int64_t rows) const {
-    const auto& taken = ends_[slot];
-    auto after = taken.lower_bound(begin);
-    if (after != taken.end() && after->first < begin + rows) return true;
-    return after != taken.begin() && std::prev(after)->second > begin;
-  }
-  std::vector<std::map<int64_t, int64_t>> ends_;
-  std::vector<SumPart> parts_;
-};
-
-BackwardLaunches make_backward(const AttendArgs& args, int64_t gathered_rows) {
+BackwardLaunches make_backward(const AttendArgs& args, int64_t gathered_rows, bool separate) {
   std::vector<Rectangle> rectangles;
   std::vector<Rectangle> diagonals;
   if (args.mask.causal) {
@@ -174,35 +187,34 @@ BackwardLaunches make_backward(const AttendArgs& args, int64_t gathered_rows) {
     }
   }
   BackwardLaunches result;
-  result.rectangles =
-      make_launches(rectangles, CudnnMask::kNone, result.rectangle_q, result.rectangle_k);
-  result.diagonals =
-      make_launches(diagonals, CudnnMask::kTopLeft, result.diagonal_q, result.diagonal_k);
+  add_launches(result.launches, diagonals, CudnnMask::kTopLeft, 0, result.diagonal_k);
+  if (separate) {
+    for (const std::vector<Rectangle>& layer : in_layers(rectangles)) {
+      add_launches(result.launches, layer, CudnnMask::kNone, result.layers++, result.rectangle_k);
+    }
+  } else {
+    // A launch adds to a dq that it has cleared, so every launch has one of its own.
+    const std::size_t first = result.launches.size();
+    add_launches(result.launches, rectangles, CudnnMask::kNone, 0, result.rectangle_k);
+    for (std::size_t i = first; i < result.launches.size(); ++i) {
+      result.launches[i].layer = result.layers++;
+    }
+  }
 
-  SlotParts q_slots;
-  SlotParts k_slots;
   std::vector<SumPart> q_parts;
   std::vector<SumPart> k_parts;
-  for (const Launch& launch : result.diagonals) {
+  for (const Launch& launch : result.launches) {
     for (const LaunchItem& item : launch.items) {
-      q_parts.push_back({0, item.q_begin, item.dq_begin, item.q_count});
-      k_parts.push_back({0, item.k_begin, item.dk_begin, item.k_count});
+      q_parts.push_back({launch.layer, item.q_begin, item.q_begin, item.q_count});
+      k_parts.push_back({launch.layer == 0 ? 0 : 1, item.k_begin, item.dk_begin, item.k_count});
     }
   }
-  for (const Launch& launch : result.rectangles) {
-    for (const LaunchItem& item : launch.items) {
-      q_slots.add(item.q_begin, item.dq_begin, item.q_count);
-      k_slots.add(item.k_begin, item.dk_begin, item.k_count);
-    }
-  }
-  q_parts.insert(q_parts.end(), q_slots.parts().begin(), q_slots.parts().end());
-  k_parts.insert(k_parts.end(), k_slots.parts().begin(), k_slots.parts().end());
-  result.slots = std::max(q_slots.slots(), k_slots.slots());
-  result.dq = make_sum_table(q_parts, 1 + result.slots, args.q.shape[0]);
-  result.dkv = make_sum_table(k_parts, 1 + result.slots, gathered_rows);
-  const bool one_kind = result.rectangles.empty() || result.diagonals.empty();
-  result.covers_keys =
-      one_kind && result.rectangle_k + result.diagonal_k == gathered_rows && result.slots <= 1;
+  result.dq = make_sum_table(q_parts, result.layers, args.q.shape[0]);
+  result.dkv = make_sum_table(k_parts, 2, gathered_rows);
+  result.one_layer = rectangles.empty() || (diagonals.empty() && result.layers == 2);
+  result.covers_keys = result.one_layer && result.diagonal_k + result.rectangle_k == gathered_rows;
+  result.equal_length = rectangles.empty() ? equal_length_of(diagonals)
+                                           : (diagonals.empty() ? equal_length_of(rectangles) : 0);
   return result;
 }
 
@@ -228,9 +240,11 @@ std::shared_ptr<const ForwardLaunches> forward_launches(const AttendArgs& args) 
 }
 
 std::shared_ptr<const BackwardLaunches> backward_launches(const AttendArgs& args,
-                                                          int64_t gathered_rows) {
+                                                          int64_t gathered_rows, bool separate) {
   static auto* recent = new Recent<TableKey, BackwardLaunches>(kKeptPacks);
-  return recent->get(pack_key(args), [&] { return make_backward(args, gathered_rows); });
+  TableKey key = pack_key(args);
+  key.kind = separate ? 1 : 0;
+  return recent->get(key, [&] { return make_backward(args, gathered_rows, separate); });
 }
 
 }  // namespace zigzag::cuda

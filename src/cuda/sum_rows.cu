@@ -23,8 +23,9 @@ struct SumParams {
   std::int64_t rows;
   std::int64_t row_stride;   // elements of the destination
   std::int64_t head_stride;  // elements of the destination
-  std::uint32_t row_packs;
+  std::uint32_t row_packs;   // of the destination
   std::uint32_t head_packs;
+  std::uint32_t group;  // heads of a source that add up to one of the destination
 };
 
 /// Each thread makes kUnroll packs of kPack elements; sources are read one after another in their
@@ -65,19 +66,32 @@ __global__ void __launch_bounds__(kThreads)
   }
   for (int s = 0; s < params.count; ++s) {
     const auto* source = static_cast<const Pack<In, kPack>*>(params.sources[s]);
-    Pack<In, kPack> loaded[kUnroll];
-    bool taken[kUnroll];
+    const Pack<In, kPack>* from[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const std::int64_t origin = live[u] ? origins[u][s] : -1;
-      taken[u] = origin >= 0;
-      if (taken[u]) loaded[u] = source[(origin + in_interval[u]) * params.row_packs + columns[u]];
+      // Head h's group starts at pack h x group x head_packs of the source's row.
+      const std::uint32_t head = columns[u] / params.head_packs;
+      const std::int64_t column =
+          columns[u] + static_cast<std::int64_t>(head) * (params.group - 1) * params.head_packs;
+      from[u] = origin < 0 ? nullptr
+                           : source +
+                                 (origin + in_interval[u]) *
+                                     static_cast<std::int64_t>(params.row_packs) * params.group +
+                                 column;
     }
+    for (std::uint32_t member = 0; member < params.group; ++member) {
+      Pack<In, kPack> loaded[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (!taken[u]) continue;
+      for (int u = 0; u < kUnroll; ++u) {
+        if (from[u] != nullptr) loaded[u] = from[u][member * params.head_packs];
+      }
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) sums[u][i] += to_float(loaded[u].values[i]);
+      for (int u = 0; u < kUnroll; ++u) {
+        if (from[u] == nullptr) continue;
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) sums[u][i] += to_float(loaded[u].values[i]);
+      }
     }
   }
 #pragma unroll
@@ -143,7 +157,7 @@ void dispatch_out(SumParams& params, DType out, std::int64_t heads, std::int64_t
 
 }  // namespace
 
-void sum_rows(std::span<const void* const> sources, DType source_type,
+void sum_rows(std::span<const void* const> sources, DType source_type, std::int64_t group,
               const TensorView& destination, const TableKey& key,
               const std::function<SumTable()>& build, void* stream_pointer) {
   if (destination.num_elements() == 0) return;
@@ -170,6 +184,7 @@ void sum_rows(std::span<const void* const> sources, DType source_type,
   // intervals + 1 begins and intervals x count rows.
   params.intervals =
       (static_cast<std::int64_t>(table->bytes() / sizeof(std::int64_t)) - 1) / (params.count + 1);
+  params.group = static_cast<std::uint32_t>(group);
   params.destination = destination.data;
   params.rows = destination.shape[0];
   params.row_stride = destination.strides[0];

@@ -33,10 +33,11 @@ SumTable make_sum_table(std::span<const SumPart> parts, std::int64_t sources,
                         std::int64_t destination_rows);
 
 /// destination [rows, heads, head_dim] = the sum over sources in their order, in float32, rounded
-/// once; rows without a source become 0. sources[s] [.., heads, head_dim] contiguous, all of
-/// `source_type` (float32, float16 or bfloat16); destination's last stride is 1. One launch. `key`
-/// names the table on the device (see copy_rows); `build` makes it when it is not there.
-void sum_rows(std::span<const void* const> sources, DType source_type,
+/// once; rows without a source become 0. sources[s] [.., heads x group, head_dim] contiguous, all
+/// of `source_type` (float32, float16 or bfloat16); the `group` heads from h x group on add up to
+/// the destination's head h. The destination's last stride is 1. One launch. `key` names the table
+/// on the device (see copy_rows); `build` makes it when it is not there.
+void sum_rows(std::span<const void* const> sources, DType source_type, std::int64_t group,
               const TensorView& destination, const TableKey& key,
               const std::function<SumTable()>& build, void* stream);
 

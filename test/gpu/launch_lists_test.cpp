@@ -15,6 +15,7 @@ namespace {
 
 using std::int64_t;
 using Pairs = std::map<std::pair<int64_t, int64_t>, int>;
+using Rows = std::map<int64_t, std::vector<std::pair<int64_t, int64_t>>>;
 
 void count(Pairs& pairs, const cuda::Launch& launch) {
   for (const cuda::LaunchItem& item : launch.items) {
@@ -28,8 +29,8 @@ void count(Pairs& pairs, const cuda::Launch& launch) {
 }
 
 /// Which (source row) every destination row of a sum takes, as pairs of destination and source.
-std::map<int64_t, std::vector<std::pair<int64_t, int64_t>>> expand(const cuda::SumTable& table) {
-  std::map<int64_t, std::vector<std::pair<int64_t, int64_t>>> rows;
+Rows expand(const cuda::SumTable& table) {
+  Rows rows;
   for (int64_t i = 0; i < table.intervals(); ++i) {
     const auto at = static_cast<std::size_t>(i);
     for (int64_t row = table.begins[at]; row < table.begins[at + 1]; ++row) {
@@ -40,6 +41,11 @@ std::map<int64_t, std::vector<std::pair<int64_t, int64_t>>> expand(const cuda::S
       }
     }
   }
+  return rows;
+}
+
+Rows sorted(Rows rows) {
+  for (auto& entry : rows) std::sort(entry.second.begin(), entry.second.end());
   return rows;
 }
 
@@ -72,37 +78,38 @@ void check_pack(const std::vector<int64_t>& lengths, int64_t world_size, const M
     }
     EXPECT_TRUE(forward == want) << "forward";
 
-    const auto lists = cuda::backward_launches(args, gathered);
-    Pairs backward;
-    std::map<int64_t, std::vector<std::pair<int64_t, int64_t>>> dq;
-    std::map<int64_t, std::vector<std::pair<int64_t, int64_t>>> dk;
-    const auto rows_of = [&](const cuda::Launch& launch, bool rectangle) {
-      count(backward, launch);
-      for (const cuda::LaunchItem& item : launch.items) {
-        EXPECT_GT(item.q_count, 0);
-        EXPECT_GT(item.k_count, 0);
-        for (int64_t i = 0; i < item.q_count; ++i) {
-          dq[item.q_begin + i].push_back({rectangle, item.dq_begin + i});
+    for (const bool separate : {false, true}) {
+      SCOPED_TRACE(separate ? "separate layers" : "rectangles in one layer");
+      const auto lists = cuda::backward_launches(args, gathered, separate);
+      Pairs backward;
+      // By destination row: the sources and their rows that must be added up.
+      Rows dq;
+      Rows dk;
+      for (const cuda::Launch& launch : lists->launches) {
+        count(backward, launch);
+        EXPECT_LT(launch.layer, lists->layers);
+        Rows in_launch;
+        for (const cuda::LaunchItem& item : launch.items) {
+          EXPECT_GT(item.q_count, 0);
+          EXPECT_GT(item.k_count, 0);
+          for (int64_t i = 0; i < item.q_count; ++i) {
+            in_launch[item.q_begin + i].push_back({launch.layer, item.q_begin + i});
+          }
+          for (int64_t j = 0; j < item.k_count; ++j) {
+            dk[item.k_begin + j].push_back({launch.layer == 0 ? 0 : 1, item.dk_begin + j});
+          }
         }
-        for (int64_t j = 0; j < item.k_count; ++j) {
-          dk[item.k_begin + j].push_back({rectangle, item.dk_begin + j});
+        for (const auto& [row, parts] : in_launch) {
+          if (separate) {
+            EXPECT_EQ(parts.size(), 1U);
+          }
+          dq[row].push_back(parts[0]);
         }
       }
-    };
-    for (const cuda::Launch& launch : lists->diagonals) rows_of(launch, false);
-    for (const cuda::Launch& launch : lists->rectangles) rows_of(launch, true);
-    EXPECT_TRUE(backward == want) << "backward";
-    // The sums take exactly the rows that the launches wrote, once each.
-    const auto same = [](auto got, auto wrote) {
-      for (auto& entry : got) {
-        for (auto& part : entry.second) part.first = part.first > 0;
-        std::sort(entry.second.begin(), entry.second.end());
-      }
-      for (auto& entry : wrote) std::sort(entry.second.begin(), entry.second.end());
-      return got == wrote;
-    };
-    EXPECT_TRUE(same(expand(lists->dq), dq)) << "dq";
-    EXPECT_TRUE(same(expand(lists->dkv), dk)) << "dk";
+      EXPECT_TRUE(backward == want) << "backward";
+      EXPECT_TRUE(sorted(expand(lists->dq)) == sorted(dq)) << "dq";
+      EXPECT_TRUE(sorted(expand(lists->dkv)) == sorted(dk)) << "dk";
+    }
   }
 }
 
