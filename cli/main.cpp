@@ -60,6 +60,7 @@ int command_line(int argc, char** argv) {
   CLI::App app("Exact attention over packed documents sharded over ranks.", "zigzag");
   app.set_version_flag("--version", fmt::format("zigzag {}", version()));
   app.require_subcommand(0, 1);
+  app.get_formatter()->column_width(36);
   app.footer("zigzag <subcommand> --help explains each with examples.");
   Action action;
   add_plan(app, action);

@@ -61,7 +61,7 @@ void PackOptions::declare(Flags& flags) {
   flags.text("--lengths", lengths, "L0,L1,...", "Document lengths in tokens");
   flags.text("--lengths-file", lengths_file, "FILE",
              "A text file of document lengths; '#' starts a comment");
-  flags.texts("--documents", documents, "PATH...",
+  flags.texts("--documents", documents, "PATH",
               "Files, or folders of files: bytes are tokens, one document a file");
   flags.integer("--max-tokens", max_tokens, 1, kMaxTokens,
                 "Cut the pack after N tokens (-1: no limit)");
@@ -141,8 +141,7 @@ void MaskOptions::declare(Flags& flags) {
   flags.group("Mask");
   flags.boolean("--causal", causal, "A query sees no later key");
   flags.text("--window", window, "LEFT[,RIGHT]",
-             "A query sees LEFT keys before it and, if not causal, RIGHT after it; -1: all "
-             "(RIGHT: -1 when left out)");
+             "Keys that a query sees before it and, if not causal, after it; -1: all");
 }
 
 void MaskOptions::declare_scores(Flags& flags) {
