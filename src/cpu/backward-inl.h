@@ -144,7 +144,7 @@ HWY_ATTR void differentiate(const Problem& problem, const PanelMask& mask, const
 /// dS = P (dP - delta), dQ += dS K and dK += dS^T Q, the last two still without `scale`.
 template <int kVectors>
 HWY_ATTR void backward_block(const Problem& problem, const RowGroup& group, const Panel& panel,
-                             std::int64_t block, const BlockRange& range, bool finite_k,
+                             const KeyBlock& block, const BlockRange& range, bool finite_k,
                              bool finite_rows, const BackwardScratch& scratch) {
   constexpr int kWidth = kVectors * kVectorLanes;
   const std::int64_t head_dim = problem.head_dim;
@@ -234,13 +234,13 @@ inline HWY_ATTR bool start_backward(const Problem& problem, const RowGroup& grou
 }
 
 /// Adds a task's dK and dV of one block to the unit's.
-inline void add_gradients(const Problem& problem, const RowGroup& group, std::int64_t block,
+inline void add_gradients(const Problem& problem, const RowGroup& group, const KeyBlock& block,
                           const BlockRange& range, const GradientSums& sums,
                           const BackwardScratch& scratch) {
   const WorkItem& item = *group.item;
   const auto scale = static_cast<float>(problem.args->scale);
   for (std::int64_t key = range.begin; key < range.end; ++key) {
-    const std::int64_t row = block * kBlockKeys + key - item.k_position;
+    const std::int64_t row = block.begin + key - item.k_position;
     if (row < 0 || row >= item.k_count) continue;
     const std::int64_t at = item.k_begin + row - sums.first_row;
     float* dk = sums.dk + at * sums.stride_k;
@@ -264,7 +264,7 @@ inline HWY_ATTR void backward_group(const Problem& problem, const BackwardTask& 
     finite_rows &= start_backward(problem, group, panel, scratch);
   });
   const std::int64_t end = group.keys.end;
-  for (std::int64_t block = group.keys.first / kBlockKeys; block * kBlockKeys < end; ++block) {
+  for (KeyBlock block = first_block(group.keys, kBlockKeys); block.begin < end; block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kTileKeys);
     const bool finite_k =
         load_block(args.k, group, block, all, problem.head_dim, scratch.stride, scratch.k);
@@ -291,7 +291,7 @@ inline HWY_ATTR void backward_group(const Problem& problem, const BackwardTask& 
     });
     task.turns->wait(task.index, block);
     add_gradients(problem, group, block, all, task.sums, scratch);
-    task.turns->done(task.index, block + 1);
+    task.turns->done(task.index, block.end());
   }
   const auto scale = static_cast<float>(args.scale);
   for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {

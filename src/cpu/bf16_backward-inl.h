@@ -49,6 +49,17 @@ struct Bf16BackwardScratch {
   std::size_t bytes;
 };
 
+/// Products of a panel's lanes and a block's rows: to(key, lane) = rows(key) . lanes(lane).
+inline void multiply_rows(const std::uint16_t* rows, const std::uint32_t* lanes,
+                          std::int64_t columns, int width, const BlockRange& range, float* to) {
+  for (std::int64_t key = range.begin; key < range.end; key += kUnit) {
+    for (int half = 0; half < width; half += kUnit) {
+      Engine::multiply(rows + key * columns, columns * 2, lanes + half, width * 4,
+                       to + key * width + half, width * 4, columns / kUnit, false);
+    }
+  }
+}
+
 struct Bf16Gradient {
   __m512 weight;
   __m512 dscore;
@@ -151,7 +162,7 @@ inline void add_outer(const std::uint16_t* factors, int width, const std::uint32
 
 /// One panel against one block of keys, as backward_block in backward-inl.h.
 inline void backward_block(const Problem& problem, const RowGroup& group, const Panel& panel,
-                           std::int64_t block, const BlockRange& range, bool finite,
+                           const KeyBlock& block, const BlockRange& range, bool finite,
                            const Bf16BackwardScratch& scratch) {
   const std::int64_t columns = scratch.columns;
   const int width = panel.width;
@@ -230,13 +241,13 @@ inline bool start_backward(const Problem& problem, const RowGroup& group, const 
 }
 
 /// Adds a task's dK and dV of one block to the unit's.
-inline void add_gradients(const Problem& problem, const RowGroup& group, std::int64_t block,
+inline void add_gradients(const Problem& problem, const RowGroup& group, const KeyBlock& block,
                           const BlockRange& range, const GradientSums& sums,
                           const Bf16BackwardScratch& scratch) {
   const WorkItem& item = *group.item;
   const auto scale = static_cast<float>(problem.args->scale);
   for (std::int64_t key = range.begin; key < range.end; ++key) {
-    const std::int64_t row = block * kBlockKeys + key - item.k_position;
+    const std::int64_t row = block.begin + key - item.k_position;
     if (row < 0 || row >= item.k_count) continue;
     const std::int64_t at = item.k_begin + row - sums.first_row;
     float* dk = sums.dk + at * sums.stride_k;
@@ -256,17 +267,18 @@ inline void backward_group(const Problem& problem, const BackwardTask& task, std
   const std::int64_t columns = scratch.columns;
   const AttendBackwardArgs& args = *problem.backward;
   [[maybe_unused]] const Engine engine;
+  const FlushSubnormals flush;
   bool finite_rows = true;
   for_each_panel(problem, group, next_width, [&](const Panel& panel) {
     finite_rows &= start_backward(problem, group, panel, scratch);
   });
   const std::int64_t end = group.keys.end;
-  for (std::int64_t block = group.keys.first / kBlockKeys; block * kBlockKeys < end; ++block) {
+  for (KeyBlock block = first_block(group.keys, kBlockKeys); block.begin < end; block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kUnit);
     const bool finite_k =
         copy_block(args.k, group, block, all, problem.head_dim, columns, scratch.k);
     copy_block(args.v, group, block, all, problem.head_dim, columns, scratch.v);
-    transpose_block(scratch.k, columns, all, !finite_k, scratch.pairs, scratch.k_columns);
+    transpose_block(scratch.k, columns, all, kBlockKeys, !finite_k, scratch.pairs, scratch.k_columns);
     std::fill(scratch.dk + all.begin * columns, scratch.dk + all.end * columns, 0.0f);
     std::fill(scratch.dv + all.begin * columns, scratch.dv + all.end * columns, 0.0f);
     for_each_panel(problem, group, next_width, [&](const Panel& panel) {
@@ -276,7 +288,7 @@ inline void backward_group(const Problem& problem, const BackwardTask& task, std
     });
     task.turns->wait(task.index, block);
     add_gradients(problem, group, block, all, task.sums, scratch);
-    task.turns->done(task.index, block + 1);
+    task.turns->done(task.index, block.end());
   }
   alignas(64) float scale[kBf16PanelLanes];
   std::fill_n(scale, kBf16PanelLanes, static_cast<float>(args.scale));

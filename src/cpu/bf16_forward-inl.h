@@ -13,12 +13,12 @@ struct Bf16ForwardScratch {
     out = carver.floats(columns * width);
     max = carver.floats(width);
     sum = carver.floats(width);
-    k = carver.take<std::uint16_t>(kBlockKeys * columns);
-    v = carver.take<std::uint16_t>(kBlockKeys * columns);
-    v_columns = carver.take<std::uint16_t>(kBlockKeys * columns);
-    pairs = carver.take<std::uint32_t>(kBlockKeys / 2 * columns);
-    scores = carver.floats(kBlockKeys * kBf16PanelLanes);
-    weights = carver.take<std::uint32_t>(kBlockKeys / 2 * kBf16PanelLanes);
+    k = carver.take<std::uint16_t>(kForwardKeys * columns);
+    v = carver.take<std::uint16_t>(kForwardKeys * columns);
+    v_columns = carver.take<std::uint16_t>(kForwardKeys * columns);
+    pairs = carver.take<std::uint32_t>(kForwardKeys / 2 * columns);
+    scores = carver.floats(kUnit * kBf16PanelLanes);
+    weights = carver.take<std::uint32_t>(kForwardKeys / 2 * kBf16PanelLanes);
     rows = carver.floats(kBf16PanelLanes * columns);
     bytes = carver.bytes();
   }
@@ -27,26 +27,15 @@ struct Bf16ForwardScratch {
   float* out;                // panels of [columns, width], not yet divided by the sums
   float* max;                // [lanes], as SoftmaxState in forward-inl.h, up to kStale behind
   float* sum;                // [lanes]
-  std::uint16_t* k;          // [kBlockKeys, columns]
-  std::uint16_t* v;          // [kBlockKeys, columns]
-  std::uint16_t* v_columns;  // [columns, kBlockKeys], 0 for what is not finite
-  std::uint32_t* pairs;      // [kBlockKeys / 2, columns]
-  float* scores;             // [kBlockKeys, width]
-  std::uint32_t* weights;    // [kBlockKeys / 2, width] pairs of keys
+  std::uint16_t* k;          // [kForwardKeys, columns]
+  std::uint16_t* v;          // [kForwardKeys, columns]
+  std::uint16_t* v_columns;  // [columns, kForwardKeys], 0 for what is not finite
+  std::uint32_t* pairs;      // [kForwardKeys / 2, columns]
+  float* scores;             // [32, width]
+  std::uint32_t* weights;    // [kForwardKeys / 2, width] pairs of keys
   float* rows;               // [kBf16PanelLanes, columns]
   std::size_t bytes;
 };
-
-/// Products q.k of a panel and a block.
-inline void multiply_rows(const std::uint16_t* rows, const std::uint32_t* lanes,
-                          std::int64_t columns, int width, const BlockRange& range, float* to) {
-  for (std::int64_t key = range.begin; key < range.end; key += kUnit) {
-    for (int half = 0; half < width; half += kUnit) {
-      Engine::multiply(rows + key * columns, columns * 2, lanes + half, width * 4,
-                       to + key * width + half, width * 4, columns / kUnit, false);
-    }
-  }
-}
 
 /// Lanes of a vector that see a key.
 inline __mmask16 sees_vector(const PanelMask& mask, int lane, int key) {
@@ -55,107 +44,149 @@ inline __mmask16 sees_vector(const PanelMask& mask, int lane, int key) {
   return _mm512_mask_cmp_ps_mask(after, position, _mm512_load_ps(mask.end + lane), _CMP_LT_OQ);
 }
 
-/// Masks and caps scores in place where that is needed; returns the largest of 16 lanes.
-inline __m512 largest_scores(const Problem& problem, const PanelMask& mask, int lane, int width,
-                             const BlockRange& range, bool masked, float* scores) {
-  const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  __m512 largest[4] = {lowest, lowest, lowest, lowest};
-  for (int key = range.begin; key < range.end; key += 4) {
-    for (int i = 0; i < 4; ++i) {
-      float* at = scores + (key + i) * width + lane;
-      __m512 s = _mm512_load_ps(at);
-      if (problem.cap != 0 || masked) {
-        if (problem.cap != 0) {
-          const __m512 scaled = _mm512_mul_ps(s, _mm512_set1_ps(std::fabs(problem.score_scale)));
-          s = _mm512_mul_ps(tanh_bf16(scaled), _mm512_set1_ps(problem.cap));
-        }
-        if (masked) s = _mm512_mask_mov_ps(lowest, sees_vector(mask, lane, key + i), s);
-        _mm512_store_ps(at, s);
-      }
-      largest[i] = _mm512_max_ps(largest[i], s);
-    }
+/// The part of a block whose weights are there but not yet multiplied with its values, for each 32
+/// lanes of a panel.
+struct PendingKeys {
+  int begin[kBf16PanelLanes / kUnit];
+};
+
+/// Adds the products of the weights from the pending ones to `end` with the block's values, for 32
+/// lanes. The order of additions is that of the keys, however they are cut.
+inline void add_values(const Panel& panel, int half, int end, PendingKeys& pending, float* out,
+                       const Bf16ForwardScratch& scratch) {
+  const int from = pending.begin[half / kUnit];
+  if (from >= end) return;
+  for (std::int64_t c = 0; c < scratch.columns; c += kUnit) {
+    Engine::multiply(scratch.v_columns + c * kForwardKeys + from, kForwardKeys * 2,
+                     scratch.weights + from / 2 * panel.width + half, panel.width * 4,
+                     out + c * panel.width + half, panel.width * 4, (end - from) / kUnit, true);
   }
-  return _mm512_max_ps(_mm512_max_ps(largest[0], largest[1]),
-                       _mm512_max_ps(largest[2], largest[3]));
+  pending.begin[half / kUnit] = end;
 }
 
-/// The softmax of 16 lanes of a panel over a block: scores become pairs of weights, and out's rows
-/// are scaled when a lane's max moved.
-inline void weigh(const Problem& problem, const PanelMask& mask, const Panel& panel, int lane,
-                  const BlockRange& range, bool masked, float* out,
+/// Caps and masks a tile's scores of 16 lanes in place.
+inline void adjust_scores(const Problem& problem, const PanelMask& mask, int lane, int key,
+                          bool full, int width, float* scores) {
+  const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  for (int i = 0; i < kUnit; ++i) {
+    float* at = scores + i * width;
+    __m512 s = _mm512_load_ps(at);
+    if (problem.cap != 0) {
+      const __m512 scaled = _mm512_mul_ps(s, _mm512_set1_ps(std::fabs(problem.score_scale)));
+      s = _mm512_mul_ps(tanh_bf16(scaled), _mm512_set1_ps(problem.cap));
+    }
+    if (!full) s = _mm512_mask_mov_ps(lowest, sees_vector(mask, lane, key + i), s);
+    _mm512_store_ps(at, s);
+  }
+}
+
+/// Takes the scores of 16 lanes over a tile of 32 keys into their softmax: masks them and, where
+/// they outgrow the lane's max, raises it and scales what was summed with the old one.
+inline void raise(const Problem& problem, const PanelMask& mask, const Panel& panel, int lane,
+                  int key, bool full, float* scores, PendingKeys& pending, float* out,
                   const Bf16ForwardScratch& scratch) {
   const int width = panel.width;
   const __m512 factor = _mm512_set1_ps(problem.log2_factor());
   const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  if (problem.cap != 0 || !full) {
+    adjust_scores(problem, mask, lane, key, full, width, scores);
+  }
+  __m512 largest[4] = {lowest, lowest, lowest, lowest};
+#pragma GCC unroll 8
+  for (int i = 0; i < kUnit; i += 4) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      largest[j] = _mm512_max_ps(largest[j], _mm512_load_ps(scores + (i + j) * width));
+    }
+  }
+  const __m512 most = _mm512_mul_ps(_mm512_max_ps(_mm512_max_ps(largest[0], largest[1]),
+                                                  _mm512_max_ps(largest[2], largest[3])),
+                                    factor);
   float* max_at = scratch.max + panel.offset + lane;
   float* sum_at = scratch.sum + panel.offset + lane;
-  const __m512 largest = _mm512_mul_ps(
-      largest_scores(problem, mask, lane, width, range, masked, scratch.scores), factor);
   const __m512 before = _mm512_load_ps(max_at);
-  const __mmask16 moved = _mm512_cmp_ps_mask(
-      largest, _mm512_add_ps(before, _mm512_set1_ps(kStale)), _CMP_GT_OQ);
-  const __m512 max = _mm512_mask_mov_ps(before, moved, largest);
-  const __mmask16 seen = _mm512_cmp_ps_mask(max, lowest, _CMP_NEQ_UQ);
-  const __m512 origin = _mm512_maskz_mov_ps(seen, max);
-  __m512 sum = _mm512_load_ps(sum_at);
-  if (moved != 0) {
-    const __m512 shrink = _mm512_mask_mov_ps(
-        _mm512_set1_ps(1.0f), moved, exp2_bf16(_mm512_sub_ps(before, origin)));
-    sum = _mm512_mul_ps(sum, shrink);
-    for (std::int64_t c = 0; c < scratch.columns; ++c) {
-      float* at = out + c * width + lane;
-      _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), shrink));
-    }
-    _mm512_store_ps(max_at, max);
+  const __mmask16 moved =
+      _mm512_cmp_ps_mask(most, _mm512_add_ps(before, _mm512_set1_ps(kStale)), _CMP_GT_OQ);
+  if (moved == 0) return;
+  _mm512_store_ps(max_at, _mm512_mask_mov_ps(before, moved, most));
+  // Lanes that have seen nothing have sums of 0.
+  if (_mm512_cmp_ps_mask(before, lowest, _CMP_NEQ_UQ) == 0) return;
+  const __m512 shrink = _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), moved,
+                                           exp2_bf16(_mm512_sub_ps(before, most)));
+  _mm512_store_ps(sum_at, _mm512_mul_ps(_mm512_load_ps(sum_at), shrink));
+  add_values(panel, lane / kUnit * kUnit, key, pending, out, scratch);
+  for (std::int64_t c = 0; c < scratch.columns; ++c) {
+    float* at = out + c * width + lane;
+    _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), shrink));
   }
-  __m512 even = _mm512_setzero_ps();
+}
+
+/// The scores of 16 lanes over a tile of 32 keys become pairs of weights.
+inline void weigh(const Problem& problem, const Panel& panel, int lane, int key,
+                  const float* scores, const Bf16ForwardScratch& scratch) {
+  const int width = panel.width;
+  const __m512 factor = _mm512_set1_ps(problem.log2_factor());
+  const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  float* sum_at = scratch.sum + panel.offset + lane;
+  const __m512 max = _mm512_load_ps(scratch.max + panel.offset + lane);
+  const __m512 origin = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(max, lowest, _CMP_NEQ_UQ), max);
+  __m512 even = _mm512_load_ps(sum_at);
   __m512 odd = _mm512_setzero_ps();
-  for (int key = range.begin; key < range.end; key += 2) {
-    const float* at = scratch.scores + key * width + lane;
+  std::uint32_t* weights = scratch.weights + key / 2 * width + lane;
+#pragma GCC unroll 4
+  for (int i = 0; i < kUnit; i += 2) {
+    const float* at = scores + i * width;
     const __m512 low = exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(at), factor, origin));
     const __m512 high = exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(at + width), factor, origin));
     even = _mm512_add_ps(even, low);
     odd = _mm512_add_ps(odd, high);
-    _mm512_store_si512(scratch.weights + key / 2 * width + lane, pair_lanes(low, high));
+    _mm512_store_si512(weights + i / 2 * width, pair_lanes(low, high));
   }
-  _mm512_store_ps(sum_at, _mm512_add_ps(sum, _mm512_add_ps(even, odd)));
+  _mm512_store_ps(sum_at, _mm512_add_ps(even, odd));
+}
+
+/// What is not finite reaches only lanes that see it, as in forward-inl.h.
+inline void add_special(const Problem& problem, const PanelMask& mask, const Panel& panel,
+                        const BlockRange& range, float* out,
+                        const Bf16ForwardScratch& scratch) {
+  for (int key = range.begin; key < range.end; ++key) {
+    for (std::int64_t c = 0; c < problem.head_dim; ++c) {
+      const float value = from_bfloat16(scratch.v[key * scratch.columns + c]);
+      if (std::isfinite(value)) continue;
+      for (int l = 0; l < panel.lanes; ++l) {
+        const std::uint32_t pair = scratch.weights[key / 2 * panel.width + l];
+        const float weight = from_bfloat16(static_cast<std::uint16_t>(pair >> (key % 2 * 16)));
+        if (mask.sees(l, key)) out[c * panel.width + l] += weight * value;
+      }
+    }
+  }
 }
 
 /// One panel against one block of keys.
 inline void forward_block(const Problem& problem, const RowGroup& group, const Panel& panel,
-                          std::int64_t block, const BlockRange& range, bool finite,
+                          const KeyBlock& block, const BlockRange& range, bool finite,
                           const Bf16ForwardScratch& scratch) {
   const std::int64_t columns = scratch.columns;
-  const int width = panel.width;
+  const std::uint32_t* q = scratch.q + columns / 2 * panel.offset;
   float* out = scratch.out + columns * panel.offset;
   PanelMask mask;
-  const bool masked = !range.full();
-  if (masked || !finite) mask.set(problem, group, panel, block);
-  multiply_rows(scratch.k, scratch.q + columns / 2 * panel.offset, columns, width, range,
-                scratch.scores);
-  for (int lane = 0; lane < width; lane += 16) {
-    weigh(problem, mask, panel, lane, range, masked, out, scratch);
-  }
-  for (std::int64_t c = 0; c < columns; c += kUnit) {
-    for (int half = 0; half < width; half += kUnit) {
-      Engine::multiply(scratch.v_columns + c * kBlockKeys + range.begin, kBlockKeys * 2,
-                       scratch.weights + range.begin / 2 * width + half, width * 4,
-                       out + c * width + half, width * 4, (range.end - range.begin) / kUnit, true);
+  if (!range.full() || !finite) mask.set(problem, group, panel, block);
+  PendingKeys pending{{range.begin, range.begin}};
+  for (int key = range.begin; key < range.end; key += kUnit) {
+    for (int half = 0; half < panel.width; half += kUnit) {
+      Engine::multiply(scratch.k + key * columns, columns * 2, q + half, panel.width * 4,
+                       scratch.scores + half, panel.width * 4, columns / kUnit, false);
+    }
+    const bool full = range.full(key, kUnit);
+    for (int lane = 0; lane < panel.width; lane += 16) {
+      raise(problem, mask, panel, lane, key, full, scratch.scores + lane, pending, out, scratch);
+      weigh(problem, panel, lane, key, scratch.scores + lane, scratch);
     }
   }
-  if (finite) return;
-  // As in forward-inl.h: what is not finite reaches only lanes that see it.
-  for (int key = range.begin; key < range.end; ++key) {
-    for (std::int64_t c = 0; c < problem.head_dim; ++c) {
-      const float value = from_bfloat16(scratch.v[key * columns + c]);
-      if (std::isfinite(value)) continue;
-      for (int l = 0; l < panel.lanes; ++l) {
-        const std::uint32_t pair = scratch.weights[key / 2 * width + l];
-        const float weight = from_bfloat16(static_cast<std::uint16_t>(pair >> (key % 2 * 16)));
-        if (mask.sees(l, key)) out[c * width + l] += weight * value;
-      }
-    }
+  for (int half = 0; half < panel.width; half += kUnit) {
+    add_values(panel, half, range.end, pending, out, scratch);
   }
+  if (!finite) add_special(problem, mask, panel, range, out, scratch);
 }
 
 inline void finish_forward(const Problem& problem, const RowGroup& group, const Panel& panel,
@@ -178,6 +209,7 @@ inline void forward_group(const Problem& problem, const RowGroup& group, std::by
   const std::int64_t columns = scratch.columns;
   const AttendArgs& args = *problem.args;
   [[maybe_unused]] const Engine engine;
+  const FlushSubnormals flush;
   for_each_panel(problem, group, next_width, [&](const Panel& panel) {
     auto* rows = reinterpret_cast<std::uint16_t*>(scratch.rows);
     copy_lanes(problem, args.q, group, panel, columns, rows);
@@ -189,12 +221,12 @@ inline void forward_group(const Problem& problem, const RowGroup& group, std::by
     std::fill_n(scratch.sum + panel.offset, panel.width, 0.0f);
   });
   const std::int64_t end = group.keys.end;
-  for (std::int64_t block = group.keys.first / kBlockKeys; block * kBlockKeys < end; ++block) {
+  for (KeyBlock block = first_block(group.keys, kForwardKeys); block.begin < end; block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kUnit);
     copy_block(args.k, group, block, all, problem.head_dim, columns, scratch.k);
     const bool finite =
         copy_block(args.v, group, block, all, problem.head_dim, columns, scratch.v);
-    transpose_block(scratch.v, columns, all, !finite, scratch.pairs, scratch.v_columns);
+    transpose_block(scratch.v, columns, all, kForwardKeys, !finite, scratch.pairs, scratch.v_columns);
     for_each_panel(problem, group, next_width, [&](const Panel& panel) {
       const BlockRange range = block_range(panel.first, panel.last, block, kUnit);
       if (!range.empty()) forward_block(problem, group, panel, block, range, finite, scratch);

@@ -5,6 +5,11 @@
 /// Keys and lanes come in units of 32, the depth of one product step; head_dim is padded alike.
 inline constexpr int kUnit = 32;
 inline constexpr int kBf16PanelLanes = 64;
+
+/// Keys of a block in the forward and in the backward. Long blocks load and store the tiles of
+/// `out` less often; the backward keeps three products of a block besides.
+inline constexpr int kForwardKeys = 256;
+inline constexpr int kBlockKeys = 128;
 using PanelMask = LaneMask<kBf16PanelLanes>;
 
 inline std::int64_t pad(std::int64_t count) { return (count + kUnit - 1) / kUnit * kUnit; }
@@ -14,22 +19,31 @@ inline int next_width(std::int64_t lanes) { return lanes > kUnit ? kBf16PanelLan
 inline constexpr double kExp2Error = 4e-6;
 inline constexpr double kTanhError = 1e-5;
 
-/// 2^x with a relative error below kExp2Error, far below bfloat16's rounding; 0 below -125.5; NaN stays.
-/// The polynomial is the minimax of degree 4 on [-0.5, 0.5]; exp-inl.h explains the rest.
+/// 2^x with a relative error below kExp2Error, far below bfloat16's rounding; -inf gives 0, NaN
+/// stays. 2^x = 2^n 2^f with n the whole number below x.
 inline __m512 exp2_bf16(__m512 x) {
-  const __m512 magic = _mm512_set1_ps(12582912.0f + 127.0f);
-  const __m512 shifted = _mm512_add_ps(x, magic);
-  const __m512 f = _mm512_sub_ps(x, _mm512_sub_ps(shifted, magic));
+  constexpr int kMinusFloor = 1;
+  const __m512 f = _mm512_reduce_ps(x, kMinusFloor);
   __m512 p = _mm512_set1_ps(kExp2Degree4[4]);
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2Degree4[3]));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2Degree4[2]));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2Degree4[1]));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2Degree4[0]));
-  const __m512 power = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23));
-  // Not "less than", so that NaN is kept.
-  const __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-125.5f), _CMP_NLT_UQ);
-  return _mm512_maskz_mul_ps(keep, p, power);
+  return _mm512_scalef_ps(p, x);
 }
+
+/// For a stretch of work: subnormal results are 0, as in the products of bfloat16 themselves, so
+/// that tiny weights cost no more than others.
+class FlushSubnormals {
+ public:
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040U); }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+};
 
 /// The hyperbolic tangent for the softcap, as in exp-inl.h with this file's exp2.
 inline __m512 tanh_bf16(__m512 x) {
@@ -143,17 +157,17 @@ inline void pair_rows(const std::uint16_t* low, const std::uint16_t* high, std::
   }
 }
 
-/// The transpose of rows [begin, end) (multiples of 32) of a [kBlockKeys, columns] block: to
-/// [columns, kBlockKeys], through `pairs` [kBlockKeys / 2, columns].
+/// The transpose of rows [begin, end) (multiples of 32) of a [keys, columns] block: to
+/// [columns, keys], through `pairs` [keys / 2, columns].
 inline void transpose_block(const std::uint16_t* from, std::int64_t columns,
-                            const BlockRange& range, bool clean, std::uint32_t* pairs,
-                            std::uint16_t* to) {
+                            const BlockRange& range, std::int64_t keys, bool clean,
+                            std::uint32_t* pairs, std::uint16_t* to) {
   for (std::int64_t key = range.begin; key < range.end; key += 2) {
     pair_rows(from + key * columns, from + (key + 1) * columns, columns, clean,
               pairs + key / 2 * columns);
   }
   transpose_words(pairs + range.begin / 2 * columns, columns, (range.end - range.begin) / 2,
-                  columns, reinterpret_cast<std::uint32_t*>(to) + range.begin / 2, kBlockKeys / 2);
+                  columns, reinterpret_cast<std::uint32_t*>(to) + range.begin / 2, keys / 2);
 }
 
 /// The rows of a panel's lanes, [width, columns] bfloat16. Returns whether all are finite.
@@ -168,8 +182,8 @@ inline bool copy_lanes(const Problem& problem, const TensorView& x, const RowGro
   return finite;
 }
 
-/// Keys of a block of k or v, [kBlockKeys, columns]. Returns whether all are finite.
-inline bool copy_block(const TensorView& x, const RowGroup& group, std::int64_t block,
+/// Keys of a block of k or v, [keys, columns]. Returns whether all are finite.
+inline bool copy_block(const TensorView& x, const RowGroup& group, const KeyBlock& block,
                        const BlockRange& range, std::int64_t head_dim, std::int64_t columns,
                        std::uint16_t* to) {
   bool finite = true;

@@ -122,7 +122,7 @@ HWY_INLINE void score_block(const Problem& problem, const PanelMask& mask, const
 /// One panel against one block of keys.
 template <int kVectors>
 HWY_ATTR void forward_block(const Problem& problem, const RowGroup& group, const Panel& panel,
-                            std::int64_t block, const BlockRange& range, bool finite,
+                            const KeyBlock& block, const BlockRange& range, bool finite,
                             const ForwardScratch& scratch) {
   const Floats d;
   constexpr int kWidth = kVectors * kVectorLanes;
@@ -221,7 +221,7 @@ inline HWY_ATTR void forward_group(const Problem& problem, const RowGroup& group
     std::fill_n(scratch.sum + panel.offset, panel.width, 0.0f);
   });
   const std::int64_t end = group.keys.end;
-  for (std::int64_t block = group.keys.first / kBlockKeys; block * kBlockKeys < end; ++block) {
+  for (KeyBlock block = first_block(group.keys, kBlockKeys); block.begin < end; block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kTileKeys);
     load_block(args.k, group, block, all, problem.head_dim, scratch.stride, scratch.k);
     const bool finite =

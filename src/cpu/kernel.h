@@ -10,9 +10,12 @@
 
 namespace zigzag::cpu {
 
-/// Keys are visited in blocks of this many, at multiples of it counted from the document's start:
-/// so a row's sums are grouped alike whichever rank, item, thread or tile computes it.
-inline constexpr std::int64_t kBlockKeys = 128;
+/// Keys of a document that are worked on together: positions [begin, begin + keys).
+struct KeyBlock {
+  std::int64_t begin;
+  std::int64_t keys;
+  std::int64_t end() const { return begin + keys; }
+};
 
 /// Keys that one micro-tile covers; ranges of keys are widened to multiples of it.
 inline constexpr std::int64_t kTileKeys = 8;
@@ -73,14 +76,15 @@ struct GradientSums {
 class Turns {
  public:
   explicit Turns(const std::vector<RowGroup>& groups);
-  /// Waits until every earlier task of the unit that touches `block` has added it.
-  void wait(std::int64_t task, std::int64_t block) const;
-  /// Says that `task` has added every block before `next_block`.
-  void done(std::int64_t task, std::int64_t next_block);
+  /// Waits until every earlier task of the unit that touches `block` has added it. Tasks add blocks
+  /// in ascending order.
+  void wait(std::int64_t task, const KeyBlock& block) const;
+  /// Says that `task` has added every key before position `key`.
+  void done(std::int64_t task, std::int64_t key);
 
  private:
   const std::vector<RowGroup>& groups_;
-  std::vector<std::atomic<std::int64_t>> next_block_;
+  std::vector<std::atomic<std::int64_t>> added_;
 };
 
 /// One backward task: which group, where its gradients go, and when.

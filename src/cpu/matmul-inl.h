@@ -39,6 +39,9 @@ inline int next_vectors(std::int64_t vectors) {
   return vectors == 4 ? 2 : static_cast<int>(vectors < kPanelVectors ? vectors : kPanelVectors);
 }
 
+/// Keys of a block: its weights stay in a first-level cache.
+inline constexpr int kBlockKeys = 128;
+
 /// Accumulators of a tile of kTileRows rows and kVectors vectors.
 template <int kVectors>
 struct Tile {

@@ -39,7 +39,7 @@ HWY_INLINE hn::Mask<Floats> sees_vector(const PanelMask& mask, int vector, int k
 
 /// Keys [begin, end) of a block of K or V as float32 rows at `stride`; rows that the item lacks
 /// are 0. Returns whether all are finite.
-inline HWY_ATTR bool load_block(const TensorView& x, const RowGroup& group, std::int64_t block,
+inline HWY_ATTR bool load_block(const TensorView& x, const RowGroup& group, const KeyBlock& block,
                                 const BlockRange& range, std::int64_t head_dim,
                                 std::int64_t stride, float* to) {
   const std::int64_t columns = padded_columns(head_dim);

@@ -69,12 +69,19 @@ struct BlockRange {
   bool full(int key, int keys) const { return key >= full_begin && key + keys <= full_end; }
 };
 
-/// A key's distance from the start of a block, cut to the block.
-inline std::int64_t in_block(std::int64_t key, std::int64_t block) {
-  return std::clamp<std::int64_t>(key - block * kBlockKeys, 0, kBlockKeys);
+/// The first block that touches these keys. Blocks lie at multiples of `keys` from the document's
+/// start: so a row's sums are grouped alike whichever rank, item, thread or tile computes it.
+inline KeyBlock first_block(const VisibleKeys& visible, std::int64_t keys) {
+  return {visible.first / keys * keys, keys};
 }
 
-inline BlockRange block_range(VisibleKeys first, VisibleKeys last, std::int64_t block, int tile_keys) {
+/// A key's distance from the start of a block, cut to the block.
+inline std::int64_t in_block(std::int64_t key, const KeyBlock& block) {
+  return std::clamp<std::int64_t>(key - block.begin, 0, block.keys);
+}
+
+inline BlockRange block_range(VisibleKeys first, VisibleKeys last, const KeyBlock& block,
+                              int tile_keys) {
   BlockRange range;
   range.begin = static_cast<int>(in_block(first.first, block)) / tile_keys * tile_keys;
   range.end = (static_cast<int>(in_block(last.end, block)) + tile_keys - 1) / tile_keys * tile_keys;
@@ -90,7 +97,7 @@ struct LaneMask {
   alignas(64) float first[kLanes];
   alignas(64) float end[kLanes];
 
-  void set(const Problem& problem, const RowGroup& group, const Panel& panel, std::int64_t block) {
+  void set(const Problem& problem, const RowGroup& group, const Panel& panel, const KeyBlock& block) {
     for (int l = 0; l < panel.width; ++l) {
       VisibleKeys keys;
       if (l < panel.lanes) keys = visible_keys(problem, *group.item, panel.lane_begin + l);
@@ -118,10 +125,10 @@ inline std::byte* lane_pointer(const Problem& problem, const TensorView& x, cons
 }
 
 /// The row of a key of a block in k or v; null when the item lacks it.
-inline const std::byte* key_pointer(const TensorView& x, const RowGroup& group, std::int64_t block,
+inline const std::byte* key_pointer(const TensorView& x, const RowGroup& group, const KeyBlock& block,
                                     int key) {
   const WorkItem& item = *group.item;
-  const std::int64_t row = block * kBlockKeys + key - item.k_position;
+  const std::int64_t row = block.begin + key - item.k_position;
   if (row < 0 || row >= item.k_count) return nullptr;
   return row_pointer(x, item.k_begin + row, group.kv_head);
 }

@@ -65,18 +65,17 @@ std::vector<RowGroup> row_groups(const Problem& problem, std::int64_t lanes) {
   return groups;
 }
 
-Turns::Turns(const std::vector<RowGroup>& groups) : groups_(groups), next_block_(groups.size()) {}
+Turns::Turns(const std::vector<RowGroup>& groups) : groups_(groups), added_(groups.size()) {}
 
-void Turns::wait(std::int64_t task, std::int64_t block) const {
+void Turns::wait(std::int64_t task, const KeyBlock& block) const {
   // A task that touches the block has itself waited for those before it.
   std::int64_t earlier = groups_[task].previous;
   for (; earlier >= 0; earlier = groups_[earlier].previous) {
     const VisibleKeys& keys = groups_[earlier].keys;
-    const bool touches = keys.first < (block + 1) * kBlockKeys && keys.end > block * kBlockKeys;
-    if (touches) break;
+    if (keys.first < block.end() && keys.end > block.begin) break;
   }
   if (earlier < 0) return;
-  for (int spins = 0; next_block_[earlier].load(std::memory_order_acquire) <= block; ++spins) {
+  for (int spins = 0; added_[earlier].load(std::memory_order_acquire) < block.end(); ++spins) {
     if (spins < 256) {
       relax();
     } else {
@@ -85,8 +84,8 @@ void Turns::wait(std::int64_t task, std::int64_t block) const {
   }
 }
 
-void Turns::done(std::int64_t task, std::int64_t next_block) {
-  next_block_[task].store(next_block, std::memory_order_release);
+void Turns::done(std::int64_t task, std::int64_t key) {
+  added_[task].store(key, std::memory_order_release);
 }
 
 }  // namespace zigzag::cpu
