@@ -32,22 +32,22 @@ class Engine {
   Engine& operator=(const Engine&) = delete;
   ~Engine() { _tile_release(); }
 
-  /// c(i, l) (+)= sum over pairs of a(i, pair) * b(pair, l), i < 32, l < 32: `steps` of 16 pairs.
-  /// a has rows of pairs, b rows of 32 lanes of pairs; strides are in bytes.
+  /// c(i, l) (+)= sum over pairs of a(i, pair) * b(pair, l) for 32 rows i and 32 lanes l, `steps` of
+  /// 16 pairs deep, in the layouts of bf16_pack-inl.h. The strides, in bytes, lead from the first 16
+  /// rows of a, lanes of b and lanes of c to the second.
   static void multiply(const void* a, std::int64_t a_stride, const void* b, std::int64_t b_stride,
                        float* c, std::int64_t c_stride, std::int64_t steps, bool accumulate) {
     // GCC's tile instructions do not say that they read and write memory.
     std::atomic_signal_fence(std::memory_order_seq_cst);
-    const auto* a_low = static_cast<const std::byte*>(a);
-    const std::byte* a_high = a_low + 16 * a_stride;
-    const auto* b_low = static_cast<const std::byte*>(b);
+    const auto* a_at = static_cast<const std::byte*>(a);
+    const auto* b_at = static_cast<const std::byte*>(b);
     auto* c_low = reinterpret_cast<std::byte*>(c);
-    std::byte* c_high = c_low + 16 * c_stride;
+    std::byte* c_high = c_low + c_stride;
     if (accumulate) {
-      _tile_loadd(0, c_low, c_stride);
-      _tile_loadd(1, c_low + 64, c_stride);
-      _tile_loadd(2, c_high, c_stride);
-      _tile_loadd(3, c_high + 64, c_stride);
+      _tile_loadd(0, c_low, 64);
+      _tile_loadd(1, c_high, 64);
+      _tile_loadd(2, c_low + 1024, 64);
+      _tile_loadd(3, c_high + 1024, 64);
     } else {
       _tile_zero(0);
       _tile_zero(1);
@@ -55,22 +55,21 @@ class Engine {
       _tile_zero(3);
     }
     for (std::int64_t step = 0; step < steps; ++step) {
-      _tile_loadd(4, a_low, a_stride);
-      _tile_loadd(6, b_low, b_stride);
+      _tile_loadd(4, a_at, 64);
+      _tile_loadd(6, b_at, 64);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, b_low + 64, b_stride);
+      _tile_loadd(7, b_at + b_stride, 64);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, a_high, a_stride);
+      _tile_loadd(5, a_at + a_stride, 64);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
-      a_low += 64;
-      a_high += 64;
-      b_low += 16 * b_stride;
+      a_at += 1024;
+      b_at += 1024;
     }
-    _tile_stored(0, c_low, c_stride);
-    _tile_stored(1, c_low + 64, c_stride);
-    _tile_stored(2, c_high, c_stride);
-    _tile_stored(3, c_high + 64, c_stride);
+    _tile_stored(0, c_low, 64);
+    _tile_stored(1, c_high, 64);
+    _tile_stored(2, c_low + 1024, 64);
+    _tile_stored(3, c_high + 1024, 64);
     std::atomic_signal_fence(std::memory_order_seq_cst);
   }
 };

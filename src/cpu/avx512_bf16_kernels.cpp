@@ -14,48 +14,49 @@ namespace {
 /// Products of bfloat16 by AVX512_BF16's dot product of pairs.
 class Engine {
  public:
-  /// As amx::Engine::multiply: 32 rows by 32 lanes, in tiles of 8 rows.
+  /// As amx::Engine::multiply, in tiles of 8 rows by 32 lanes.
   static void multiply(const void* a, std::int64_t a_stride, const void* b, std::int64_t b_stride,
                        float* c, std::int64_t c_stride, std::int64_t steps, bool accumulate) {
     for (int row = 0; row < 32; row += kRows) {
-      tile(static_cast<const std::byte*>(a) + row * a_stride, a_stride,
+      tile(static_cast<const std::byte*>(a) + row / 16 * a_stride + row % 16 * 64,
            static_cast<const std::byte*>(b), b_stride,
-           reinterpret_cast<std::byte*>(c) + row * c_stride, c_stride, steps * 16, accumulate);
+           reinterpret_cast<std::byte*>(c) + row * 64, c_stride, steps, accumulate);
     }
   }
 
  private:
   static constexpr int kRows = 8;
 
-  static void tile(const std::byte* a, std::int64_t a_stride, const std::byte* b,
-                   std::int64_t b_stride, std::byte* c, std::int64_t c_stride, std::int64_t pairs,
-                   bool accumulate) {
+  static void tile(const std::byte* a, const std::byte* b, std::int64_t b_stride, std::byte* c,
+                   std::int64_t c_stride, std::int64_t steps, bool accumulate) {
     __m512 sum[kRows][2];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
-        sum[i][v] = accumulate ? _mm512_loadu_ps(c + i * c_stride + v * 64) : _mm512_setzero_ps();
+        sum[i][v] = accumulate ? _mm512_loadu_ps(c + v * c_stride + i * 64) : _mm512_setzero_ps();
       }
     }
-    for (std::int64_t pair = 0; pair < pairs; ++pair) {
-      const __m512bh low = pairs_of(_mm512_loadu_si512(b));
-      const __m512bh high = pairs_of(_mm512_loadu_si512(b + 64));
+    for (std::int64_t step = 0; step < steps; ++step) {
+      for (int pair = 0; pair < 16; ++pair) {
+        const __m512bh low = pairs_of(_mm512_loadu_si512(b + pair * 64));
+        const __m512bh high = pairs_of(_mm512_loadu_si512(b + b_stride + pair * 64));
 #pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        std::int32_t word;
-        std::memcpy(&word, a + i * a_stride, sizeof(word));
-        const __m512bh factor = pairs_of(_mm512_set1_epi32(word));
-        sum[i][0] = _mm512_dpbf16_ps(sum[i][0], factor, low);
-        sum[i][1] = _mm512_dpbf16_ps(sum[i][1], factor, high);
+        for (int i = 0; i < kRows; ++i) {
+          std::int32_t word;
+          std::memcpy(&word, a + i * 64 + pair * 4, sizeof(word));
+          const __m512bh factor = pairs_of(_mm512_set1_epi32(word));
+          sum[i][0] = _mm512_dpbf16_ps(sum[i][0], factor, low);
+          sum[i][1] = _mm512_dpbf16_ps(sum[i][1], factor, high);
+        }
       }
-      a += 4;
-      b += b_stride;
+      a += 1024;
+      b += 1024;
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) _mm512_storeu_ps(c + i * c_stride + v * 64, sum[i][v]);
+      for (int v = 0; v < 2; ++v) _mm512_storeu_ps(c + v * c_stride + i * 64, sum[i][v]);
     }
   }
 };

@@ -12,52 +12,49 @@ struct Bf16BackwardScratch {
     dq = carver.floats(columns * width);
     lse = carver.floats(width);
     delta = carver.floats(width);
-    k = carver.take<std::uint16_t>(kBlockKeys * columns);
-    v = carver.take<std::uint16_t>(kBlockKeys * columns);
+    k_rows = carver.take<std::uint16_t>(kBlockKeys * columns);
+    v_rows = carver.take<std::uint16_t>(kBlockKeys * columns);
     k_columns = carver.take<std::uint16_t>(kBlockKeys * columns);
+    block = carver.take<std::uint16_t>(kBlockKeys * columns);
     pairs = carver.take<std::uint32_t>(kBlockKeys / 2 * columns);
     dk = carver.floats(kBlockKeys * columns);
     dv = carver.floats(kBlockKeys * columns);
-    scores = carver.floats(kBlockKeys * kBf16PanelLanes);
-    products = carver.floats(kBlockKeys * kBf16PanelLanes);
+    scores = carver.floats(kUnit * kUnit);
+    products = carver.floats(kUnit * kUnit);
     weights = carver.take<std::uint16_t>(kBlockKeys * kBf16PanelLanes);
     dscores = carver.take<std::uint16_t>(kBlockKeys * kBf16PanelLanes);
     dscore_pairs = carver.take<std::uint32_t>(kBlockKeys / 2 * kBf16PanelLanes);
     rows = carver.take<std::uint16_t>(kBf16PanelLanes * columns * 2);
     bytes = carver.bytes();
   }
+  // In the layouts of bf16_pack-inl.h unless a shape stands here.
   std::int64_t columns;         // head_dim, padded
-  std::uint32_t* q;             // panels of [columns / 2, width] pairs of columns
+  std::uint32_t* q;             // lanes of pairs of columns
   std::uint32_t* dout;          // likewise
-  std::uint32_t* q_pairs;       // [lanes / 2, columns] pairs of lanes, 0 for what is not finite
+  std::uint32_t* q_pairs;       // a panel: columns of pairs of lanes, 0 for what is not finite
   std::uint32_t* dout_pairs;    // likewise
-  float* dq;                    // panels of [columns, width]
+  float* dq;                    // [lane / 16][column][16]
   float* lse;                   // [lanes], in units of log2
   float* delta;                 // [lanes] sums of dout * out
-  std::uint16_t* k;             // [kBlockKeys, columns]
-  std::uint16_t* v;             // [kBlockKeys, columns]
-  std::uint16_t* k_columns;     // [columns, kBlockKeys], 0 for what is not finite
+  std::uint16_t* k_rows;        // rows: keys by columns
+  std::uint16_t* v_rows;        // likewise
+  std::uint16_t* k_columns;     // rows: columns by keys, 0 for what is not finite
+  std::uint16_t* block;         // [kBlockKeys, columns], of k when the panels are computed
   std::uint32_t* pairs;         // [kBlockKeys / 2, columns]
-  float* dk;                    // [kBlockKeys, columns] sums of this task
-  float* dv;                    // [kBlockKeys, columns]
-  float* scores;                // [kBlockKeys, width]
-  float* products;              // [kBlockKeys, width] dout . v
-  std::uint16_t* weights;       // [kBlockKeys, width]
-  std::uint16_t* dscores;       // [kBlockKeys, width]
-  std::uint32_t* dscore_pairs;  // [kBlockKeys / 2, width] pairs of keys
+  float* dk;                    // [column / 16][key][16] sums of this task
+  float* dv;                    // likewise
+  float* scores;                // [lane / 16][key][16] of 32 lanes and 32 keys
+  float* products;              // likewise, dout . v
+  std::uint16_t* weights;       // rows: keys by lanes
+  std::uint16_t* dscores;       // likewise
+  std::uint32_t* dscore_pairs;  // lanes of pairs of keys
   std::uint16_t* rows;          // two of [kBf16PanelLanes, columns]
   std::size_t bytes;
 };
 
-/// Products of a panel's lanes and a block's rows: to(key, lane) = rows(key) . lanes(lane).
-inline void multiply_rows(const std::uint16_t* rows, const std::uint32_t* lanes,
-                          std::int64_t columns, int width, const BlockRange& range, float* to) {
-  for (std::int64_t key = range.begin; key < range.end; key += kUnit) {
-    for (int half = 0; half < width; half += kUnit) {
-      Engine::multiply(rows + key * columns, columns * 2, lanes + half, width * 4,
-                       to + key * width + half, width * 4, columns / kUnit, false);
-    }
-  }
+/// Where element `column` of a row stands in rows of a product of `columns` columns.
+inline std::int64_t row_offset(std::int64_t row, std::int64_t column, std::int64_t columns) {
+  return row / 16 * 16 * columns + column / 32 * 512 + row % 16 * 32 + column % 32;
 }
 
 struct Bf16Gradient {
@@ -89,32 +86,33 @@ inline Bf16Gradient gradient(const Problem& problem, const PanelMask& mask, int 
   return g;
 }
 
-/// Weights and score gradients of 32 lanes of a panel over a block.
+/// Weights and score gradients of 32 lanes of a panel and 32 keys of a block.
 inline void gradients(const Problem& problem, const PanelMask& mask, const Panel& panel, int lane,
-                      const BlockRange& range, bool masked, const Bf16BackwardScratch& scratch) {
-  const int width = panel.width;
+                      int first_key, bool masked, const Bf16BackwardScratch& scratch) {
   __m512 lse[2];
   __m512 delta[2];
   for (int v = 0; v < 2; ++v) {
     lse[v] = _mm512_load_ps(scratch.lse + panel.offset + lane + v * 16);
     delta[v] = _mm512_load_ps(scratch.delta + panel.offset + lane + v * 16);
   }
-  for (int key = range.begin; key < range.end; key += 2) {
+  for (int local = 0; local < kUnit; local += 2) {
+    const int key = first_key + local;
     Bf16Gradient g[2][2];
     for (int i = 0; i < 2; ++i) {
-      const std::int64_t at = (key + i) * width + lane;
       for (int v = 0; v < 2; ++v) {
+        const std::int64_t at = (v * kUnit + local + i) * 16;
         g[i][v] = gradient(problem, mask, lane + v * 16, key + i, masked, lse[v], delta[v],
-                           _mm512_load_ps(scratch.scores + at + v * 16),
-                           _mm512_load_ps(scratch.products + at + v * 16));
+                           _mm512_load_ps(scratch.scores + at),
+                           _mm512_load_ps(scratch.products + at));
       }
-      _mm512_store_si512(scratch.weights + at,
+      const std::int64_t row = row_offset(key + i, lane, panel.width);
+      _mm512_store_si512(scratch.weights + row,
                          bits_of(_mm512_cvtne2ps_pbh(g[i][1].weight, g[i][0].weight)));
-      _mm512_store_si512(scratch.dscores + at,
+      _mm512_store_si512(scratch.dscores + row,
                          bits_of(_mm512_cvtne2ps_pbh(g[i][1].dscore, g[i][0].dscore)));
     }
     for (int v = 0; v < 2; ++v) {
-      _mm512_store_si512(scratch.dscore_pairs + key / 2 * width + lane + v * 16,
+      _mm512_store_si512(scratch.dscore_pairs + (lane + v * 16) * kBlockKeys / 2 + key * 8,
                          pair_lanes(g[0][v].dscore, g[1][v].dscore));
     }
   }
@@ -124,26 +122,26 @@ inline void gradients(const Problem& problem, const PanelMask& mask, const Panel
 inline void add_special(const Problem& problem, const PanelMask& mask, const Panel& panel,
                         const BlockRange& range, const Bf16BackwardScratch& scratch) {
   const std::int64_t columns = scratch.columns;
-  const int width = panel.width;
-  float* dq = scratch.dq + columns * panel.offset;
-  const std::uint32_t* q = scratch.q + columns / 2 * panel.offset;
-  const std::uint32_t* dout = scratch.dout + columns / 2 * panel.offset;
   const float sign = problem.score_scale < 0 ? -1.0f : 1.0f;
   for (int key = range.begin; key < range.end; ++key) {
     for (int l = 0; l < panel.lanes; ++l) {
       if (!mask.sees(l, key)) continue;
-      const float weight = from_bfloat16(scratch.weights[key * width + l]);
-      const float dscore = from_bfloat16(scratch.dscores[key * width + l]);
+      const std::int64_t row = row_offset(key, l, panel.width);
+      const float weight = from_bfloat16(scratch.weights[row]);
+      const float dscore = from_bfloat16(scratch.dscores[row]);
+      const std::int64_t tile = (panel.offset + l) / 16 * 16;
       for (std::int64_t c = 0; c < problem.head_dim; ++c) {
         const auto half = [&](const std::uint32_t* x) {
-          return from_bfloat16(static_cast<std::uint16_t>(x[c / 2 * width + l] >> (c % 2 * 16)));
+          const std::uint32_t pair = x[tile * columns / 2 + c / 2 * 16 + l % 16];
+          return from_bfloat16(static_cast<std::uint16_t>(pair >> (c % 2 * 16)));
         };
-        const float k = from_bfloat16(scratch.k[key * columns + c]);
-        const float q_value = sign * half(q);
-        const float dout_value = half(dout);
-        if (!std::isfinite(k)) dq[c * width + l] += dscore * k;
-        if (!std::isfinite(q_value)) scratch.dk[key * columns + c] += dscore * q_value;
-        if (!std::isfinite(dout_value)) scratch.dv[key * columns + c] += weight * dout_value;
+        const float k = from_bfloat16(scratch.block[key * columns + c]);
+        const float q = sign * half(scratch.q);
+        const float dout = half(scratch.dout);
+        const std::int64_t sum = c / 16 * 16 * kBlockKeys + key * 16 + c % 16;
+        if (!std::isfinite(k)) scratch.dq[tile * columns + c * 16 + l % 16] += dscore * k;
+        if (!std::isfinite(q)) scratch.dk[sum] += dscore * q;
+        if (!std::isfinite(dout)) scratch.dv[sum] += weight * dout;
       }
     }
   }
@@ -154,8 +152,8 @@ inline void add_outer(const std::uint16_t* factors, int width, const std::uint32
                       std::int64_t columns, const BlockRange& range, float* sums) {
   for (std::int64_t key = range.begin; key < range.end; key += kUnit) {
     for (std::int64_t c = 0; c < columns; c += kUnit) {
-      Engine::multiply(factors + key * width, width * 2, lanes + c, columns * 4,
-                       sums + key * columns + c, columns * 4, width / kUnit, true);
+      Engine::multiply(factors + key * width, width * 32, lanes + c * width / 2, width * 32,
+                       sums + c * kBlockKeys + key * 16, kBlockKeys * 64, width / kUnit, true);
     }
   }
 }
@@ -172,30 +170,36 @@ inline void backward_block(const Problem& problem, const RowGroup& group, const 
   // Empty lanes add to dk and dv, so they must be masked too.
   const bool masked = !range.full() || panel.lanes < width;
   if (masked || !finite) mask.set(problem, group, panel, block);
-  multiply_rows(scratch.k, scratch.q + at, columns, width, range, scratch.scores);
-  multiply_rows(scratch.v, scratch.dout + at, columns, width, range, scratch.products);
-  for (int lane = 0; lane < width; lane += kUnit) {
-    gradients(problem, mask, panel, lane, range, masked, scratch);
+  for (int key = range.begin; key < range.end; key += kUnit) {
+    for (int lane = 0; lane < width; lane += kUnit) {
+      Engine::multiply(scratch.k_rows + key * columns, columns * 32,
+                       scratch.q + at + lane * columns / 2, columns * 32, scratch.scores,
+                       kUnit * 64, columns / kUnit, false);
+      Engine::multiply(scratch.v_rows + key * columns, columns * 32,
+                       scratch.dout + at + lane * columns / 2, columns * 32, scratch.products,
+                       kUnit * 64, columns / kUnit, false);
+      gradients(problem, mask, panel, lane, key, masked, scratch);
+    }
   }
   add_outer(scratch.weights, width, scratch.dout_pairs + at, columns, range, scratch.dv);
   add_outer(scratch.dscores, width, scratch.q_pairs + at, columns, range, scratch.dk);
   for (std::int64_t c = 0; c < columns; c += kUnit) {
     for (int half = 0; half < width; half += kUnit) {
-      Engine::multiply(scratch.k_columns + c * kBlockKeys + range.begin, kBlockKeys * 2,
-                       scratch.dscore_pairs + range.begin / 2 * width + half, width * 4,
-                       dq + c * width + half, width * 4, (range.end - range.begin) / kUnit, true);
+      Engine::multiply(scratch.k_columns + c * kBlockKeys + range.begin * 16, kBlockKeys * 32,
+                       scratch.dscore_pairs + half * kBlockKeys / 2 + range.begin * 8,
+                       kBlockKeys * 32, dq + half * columns + c * 16, columns * 64,
+                       (range.end - range.begin) / kUnit, true);
     }
   }
   if (!finite) add_special(problem, mask, panel, range, scratch);
 }
 
-/// Both layouts of a panel's rows: pairs of columns for products with keys, pairs of lanes for sums
-/// over lanes. `rows` [width, columns] holds them already.
-inline void pack_lanes(const std::uint16_t* rows, std::int64_t columns, int width, bool finite,
-                       std::uint32_t* lane_pairs) {
+/// Rows [width, columns] of lanes to columns of pairs of lanes.
+inline void columns_of_rows(const std::uint16_t* rows, std::int64_t columns, int width,
+                            bool finite, std::uint32_t* to) {
   for (int l = 0; l < width; l += 2) {
-    pair_rows(rows + l * columns, rows + (l + 1) * columns, columns, !finite,
-              lane_pairs + l / 2 * columns);
+    pair_rows(rows + l * columns, rows + (l + 1) * columns, columns, !finite, to + l / 2 * 16,
+              width / 2 * 16);
   }
 }
 
@@ -209,14 +213,12 @@ inline bool start_backward(const Problem& problem, const RowGroup& group, const 
   std::uint16_t* rows = scratch.rows;
   std::uint16_t* out_rows = scratch.rows + width * columns;
   const bool finite_q = copy_lanes(problem, args.q, group, panel, columns, rows);
-  pack_lanes(rows, columns, width, finite_q, scratch.q_pairs + at);
+  columns_of_rows(rows, columns, width, finite_q, scratch.q_pairs + at);
   sign_rows(problem.score_scale, columns * width, rows);
-  transpose_words(reinterpret_cast<const std::uint32_t*>(rows), columns / 2, width, columns / 2,
-                  scratch.q + at, width);
+  lanes_of_rows(rows, columns, width, scratch.q + at);
   const bool finite_dout = copy_lanes(problem, args.dout, group, panel, columns, rows);
-  pack_lanes(rows, columns, width, finite_dout, scratch.dout_pairs + at);
-  transpose_words(reinterpret_cast<const std::uint32_t*>(rows), columns / 2, width, columns / 2,
-                  scratch.dout + at, width);
+  columns_of_rows(rows, columns, width, finite_dout, scratch.dout_pairs + at);
+  lanes_of_rows(rows, columns, width, scratch.dout + at);
   copy_lanes(problem, args.out, group, panel, columns, out_rows);
   for (int l = 0; l < width; ++l) {
     __m512 sum = _mm512_setzero_ps();
@@ -252,11 +254,17 @@ inline void add_gradients(const Problem& problem, const RowGroup& group, const K
     const std::int64_t at = item.k_begin + row - sums.first_row;
     float* dk = sums.dk + at * sums.stride_k;
     float* dv = sums.dv + at * sums.stride_v;
-    const float* dk_task = scratch.dk + key * scratch.columns;
-    const float* dv_task = scratch.dv + key * scratch.columns;
-    for (std::int64_t c = 0; c < problem.head_dim; ++c) {
-      dk[c] += dk_task[c] * scale;
-      dv[c] += dv_task[c];
+    for (std::int64_t c = 0; c < problem.head_dim; c += 16) {
+      const std::int64_t left = std::min<std::int64_t>(problem.head_dim - c, 16);
+      const auto part = static_cast<__mmask16>((1U << left) - 1);
+      const std::int64_t from = c * kBlockKeys + key * 16;
+      const __m512 old_dk = _mm512_maskz_loadu_ps(part, dk + c);
+      const __m512 old_dv = _mm512_maskz_loadu_ps(part, dv + c);
+      _mm512_mask_storeu_ps(
+          dk + c, part,
+          _mm512_fmadd_ps(_mm512_load_ps(scratch.dk + from), _mm512_set1_ps(scale), old_dk));
+      _mm512_mask_storeu_ps(dv + c, part,
+                            _mm512_add_ps(_mm512_load_ps(scratch.dv + from), old_dv));
     }
   }
 }
@@ -275,12 +283,15 @@ inline void backward_group(const Problem& problem, const BackwardTask& task, std
   const std::int64_t end = group.keys.end;
   for (KeyBlock block = first_block(group.keys, kBlockKeys); block.begin < end; block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kUnit);
+    copy_block(args.v, group, block, all, problem.head_dim, columns, scratch.block);
+    rows_of_block(scratch.block, columns, all, scratch.v_rows);
     const bool finite_k =
-        copy_block(args.k, group, block, all, problem.head_dim, columns, scratch.k);
-    copy_block(args.v, group, block, all, problem.head_dim, columns, scratch.v);
-    transpose_block(scratch.k, columns, all, kBlockKeys, !finite_k, scratch.pairs, scratch.k_columns);
-    std::fill(scratch.dk + all.begin * columns, scratch.dk + all.end * columns, 0.0f);
-    std::fill(scratch.dv + all.begin * columns, scratch.dv + all.end * columns, 0.0f);
+        copy_block(args.k, group, block, all, problem.head_dim, columns, scratch.block);
+    rows_of_block(scratch.block, columns, all, scratch.k_rows);
+    columns_of_block(scratch.block, columns, all, kBlockKeys, !finite_k, scratch.pairs,
+                     scratch.k_columns);
+    std::fill_n(scratch.dk, kBlockKeys * columns, 0.0f);
+    std::fill_n(scratch.dv, kBlockKeys * columns, 0.0f);
     for_each_panel(problem, group, next_width, [&](const Panel& panel) {
       const BlockRange range = block_range(panel.first, panel.last, block, kUnit);
       if (range.empty()) return;

@@ -13,26 +13,27 @@ struct Bf16ForwardScratch {
     out = carver.floats(columns * width);
     max = carver.floats(width);
     sum = carver.floats(width);
-    k = carver.take<std::uint16_t>(kForwardKeys * columns);
-    v = carver.take<std::uint16_t>(kForwardKeys * columns);
+    k_rows = carver.take<std::uint16_t>(kForwardKeys * columns);
     v_columns = carver.take<std::uint16_t>(kForwardKeys * columns);
+    block = carver.take<std::uint16_t>(kForwardKeys * columns);
     pairs = carver.take<std::uint32_t>(kForwardKeys / 2 * columns);
     scores = carver.floats(kUnit * kBf16PanelLanes);
     weights = carver.take<std::uint32_t>(kForwardKeys / 2 * kBf16PanelLanes);
     rows = carver.floats(kBf16PanelLanes * columns);
     bytes = carver.bytes();
   }
+  // In the layouts of bf16_pack-inl.h unless a shape stands here.
   std::int64_t columns;      // head_dim, padded
-  std::uint32_t* q;          // panels of [columns / 2, width] pairs of columns
-  float* out;                // panels of [columns, width], not yet divided by the sums
+  std::uint32_t* q;          // lanes of pairs of columns
+  float* out;                // [lane / 16][column][16], not yet divided by the sums
   float* max;                // [lanes], as SoftmaxState in forward-inl.h, up to kStale behind
   float* sum;                // [lanes]
-  std::uint16_t* k;          // [kForwardKeys, columns]
-  std::uint16_t* v;          // [kForwardKeys, columns]
-  std::uint16_t* v_columns;  // [columns, kForwardKeys], 0 for what is not finite
+  std::uint16_t* k_rows;     // rows: keys by columns
+  std::uint16_t* v_columns;  // rows: columns by keys, 0 for what is not finite
+  std::uint16_t* block;      // [kForwardKeys, columns], of v when the panels are computed
   std::uint32_t* pairs;      // [kForwardKeys / 2, columns]
-  float* scores;             // [32, width]
-  std::uint32_t* weights;    // [kForwardKeys / 2, width] pairs of keys
+  float* scores;             // [lane / 16][32 keys][16]
+  std::uint32_t* weights;    // lanes of pairs of keys
   float* rows;               // [kBf16PanelLanes, columns]
   std::size_t bytes;
 };
@@ -52,24 +53,25 @@ struct PendingKeys {
 
 /// Adds the products of the weights from the pending ones to `end` with the block's values, for 32
 /// lanes. The order of additions is that of the keys, however they are cut.
-inline void add_values(const Panel& panel, int half, int end, PendingKeys& pending, float* out,
+inline void add_values(int half, int end, PendingKeys& pending, float* out,
                        const Bf16ForwardScratch& scratch) {
   const int from = pending.begin[half / kUnit];
   if (from >= end) return;
   for (std::int64_t c = 0; c < scratch.columns; c += kUnit) {
-    Engine::multiply(scratch.v_columns + c * kForwardKeys + from, kForwardKeys * 2,
-                     scratch.weights + from / 2 * panel.width + half, panel.width * 4,
-                     out + c * panel.width + half, panel.width * 4, (end - from) / kUnit, true);
+    Engine::multiply(scratch.v_columns + c * kForwardKeys + from * 16, kForwardKeys * 32,
+                     scratch.weights + half * kForwardKeys / 2 + from * 8, kForwardKeys * 32,
+                     out + half * scratch.columns + c * 16, scratch.columns * 64,
+                     (end - from) / kUnit, true);
   }
   pending.begin[half / kUnit] = end;
 }
 
 /// Caps and masks a tile's scores of 16 lanes in place.
 inline void adjust_scores(const Problem& problem, const PanelMask& mask, int lane, int key,
-                          bool full, int width, float* scores) {
+                          bool full, float* scores) {
   const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   for (int i = 0; i < kUnit; ++i) {
-    float* at = scores + i * width;
+    float* at = scores + i * 16;
     __m512 s = _mm512_load_ps(at);
     if (problem.cap != 0) {
       const __m512 scaled = _mm512_mul_ps(s, _mm512_set1_ps(std::fabs(problem.score_scale)));
@@ -85,18 +87,17 @@ inline void adjust_scores(const Problem& problem, const PanelMask& mask, int lan
 inline void raise(const Problem& problem, const PanelMask& mask, const Panel& panel, int lane,
                   int key, bool full, float* scores, PendingKeys& pending, float* out,
                   const Bf16ForwardScratch& scratch) {
-  const int width = panel.width;
   const __m512 factor = _mm512_set1_ps(problem.log2_factor());
   const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   if (problem.cap != 0 || !full) {
-    adjust_scores(problem, mask, lane, key, full, width, scores);
+    adjust_scores(problem, mask, lane, key, full, scores);
   }
   __m512 largest[4] = {lowest, lowest, lowest, lowest};
 #pragma GCC unroll 8
   for (int i = 0; i < kUnit; i += 4) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      largest[j] = _mm512_max_ps(largest[j], _mm512_load_ps(scores + (i + j) * width));
+      largest[j] = _mm512_max_ps(largest[j], _mm512_load_ps(scores + (i + j) * 16));
     }
   }
   const __m512 most = _mm512_mul_ps(_mm512_max_ps(_mm512_max_ps(largest[0], largest[1]),
@@ -114,9 +115,9 @@ inline void raise(const Problem& problem, const PanelMask& mask, const Panel& pa
   const __m512 shrink = _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), moved,
                                            exp2_bf16(_mm512_sub_ps(before, most)));
   _mm512_store_ps(sum_at, _mm512_mul_ps(_mm512_load_ps(sum_at), shrink));
-  add_values(panel, lane / kUnit * kUnit, key, pending, out, scratch);
+  add_values(lane / kUnit * kUnit, key, pending, out, scratch);
   for (std::int64_t c = 0; c < scratch.columns; ++c) {
-    float* at = out + c * width + lane;
+    float* at = out + lane * scratch.columns + c * 16;
     _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), shrink));
   }
 }
@@ -124,7 +125,6 @@ inline void raise(const Problem& problem, const PanelMask& mask, const Panel& pa
 /// The scores of 16 lanes over a tile of 32 keys become pairs of weights.
 inline void weigh(const Problem& problem, const Panel& panel, int lane, int key,
                   const float* scores, const Bf16ForwardScratch& scratch) {
-  const int width = panel.width;
   const __m512 factor = _mm512_set1_ps(problem.log2_factor());
   const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   float* sum_at = scratch.sum + panel.offset + lane;
@@ -132,15 +132,15 @@ inline void weigh(const Problem& problem, const Panel& panel, int lane, int key,
   const __m512 origin = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(max, lowest, _CMP_NEQ_UQ), max);
   __m512 even = _mm512_load_ps(sum_at);
   __m512 odd = _mm512_setzero_ps();
-  std::uint32_t* weights = scratch.weights + key / 2 * width + lane;
+  std::uint32_t* weights = scratch.weights + lane * kForwardKeys / 2 + key * 8;
 #pragma GCC unroll 4
   for (int i = 0; i < kUnit; i += 2) {
-    const float* at = scores + i * width;
+    const float* at = scores + i * 16;
     const __m512 low = exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(at), factor, origin));
-    const __m512 high = exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(at + width), factor, origin));
+    const __m512 high = exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(at + 16), factor, origin));
     even = _mm512_add_ps(even, low);
     odd = _mm512_add_ps(odd, high);
-    _mm512_store_si512(weights + i / 2 * width, pair_lanes(low, high));
+    _mm512_store_si512(weights + i * 8, pair_lanes(low, high));
   }
   _mm512_store_ps(sum_at, _mm512_add_ps(even, odd));
 }
@@ -151,12 +151,14 @@ inline void add_special(const Problem& problem, const PanelMask& mask, const Pan
                         const Bf16ForwardScratch& scratch) {
   for (int key = range.begin; key < range.end; ++key) {
     for (std::int64_t c = 0; c < problem.head_dim; ++c) {
-      const float value = from_bfloat16(scratch.v[key * scratch.columns + c]);
+      const float value = from_bfloat16(scratch.block[key * scratch.columns + c]);
       if (std::isfinite(value)) continue;
       for (int l = 0; l < panel.lanes; ++l) {
-        const std::uint32_t pair = scratch.weights[key / 2 * panel.width + l];
+        const std::int64_t tile = l / 16 * 16;
+        const std::uint32_t pair =
+            scratch.weights[tile * kForwardKeys / 2 + key / 2 * 16 + l % 16];
         const float weight = from_bfloat16(static_cast<std::uint16_t>(pair >> (key % 2 * 16)));
-        if (mask.sees(l, key)) out[c * panel.width + l] += weight * value;
+        if (mask.sees(l, key)) out[tile * scratch.columns + c * 16 + l % 16] += weight * value;
       }
     }
   }
@@ -174,17 +176,18 @@ inline void forward_block(const Problem& problem, const RowGroup& group, const P
   PendingKeys pending{{range.begin, range.begin}};
   for (int key = range.begin; key < range.end; key += kUnit) {
     for (int half = 0; half < panel.width; half += kUnit) {
-      Engine::multiply(scratch.k + key * columns, columns * 2, q + half, panel.width * 4,
-                       scratch.scores + half, panel.width * 4, columns / kUnit, false);
+      Engine::multiply(scratch.k_rows + key * columns, columns * 32, q + half * columns / 2,
+                       columns * 32, scratch.scores + half * kUnit, kUnit * 64, columns / kUnit,
+                       false);
     }
     const bool full = range.full(key, kUnit);
     for (int lane = 0; lane < panel.width; lane += 16) {
-      raise(problem, mask, panel, lane, key, full, scratch.scores + lane, pending, out, scratch);
-      weigh(problem, panel, lane, key, scratch.scores + lane, scratch);
+      raise(problem, mask, panel, lane, key, full, scratch.scores + lane * kUnit, pending, out, scratch);
+      weigh(problem, panel, lane, key, scratch.scores + lane * kUnit, scratch);
     }
   }
   for (int half = 0; half < panel.width; half += kUnit) {
-    add_values(panel, half, range.end, pending, out, scratch);
+    add_values(half, range.end, pending, out, scratch);
   }
   if (!finite) add_special(problem, mask, panel, range, out, scratch);
 }
@@ -214,8 +217,7 @@ inline void forward_group(const Problem& problem, const RowGroup& group, std::by
     auto* rows = reinterpret_cast<std::uint16_t*>(scratch.rows);
     copy_lanes(problem, args.q, group, panel, columns, rows);
     sign_rows(problem.score_scale, columns * panel.width, rows);
-    transpose_words(reinterpret_cast<const std::uint32_t*>(rows), columns / 2, panel.width,
-                    columns / 2, scratch.q + columns / 2 * panel.offset, panel.width);
+    lanes_of_rows(rows, columns, panel.width, scratch.q + columns / 2 * panel.offset);
     std::fill_n(scratch.out + columns * panel.offset, columns * panel.width, 0.0f);
     std::fill_n(scratch.max + panel.offset, panel.width, -std::numeric_limits<float>::infinity());
     std::fill_n(scratch.sum + panel.offset, panel.width, 0.0f);
@@ -223,10 +225,12 @@ inline void forward_group(const Problem& problem, const RowGroup& group, std::by
   const std::int64_t end = group.keys.end;
   for (KeyBlock block = first_block(group.keys, kForwardKeys); block.begin < end; block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kUnit);
-    copy_block(args.k, group, block, all, problem.head_dim, columns, scratch.k);
+    copy_block(args.k, group, block, all, problem.head_dim, columns, scratch.block);
+    rows_of_block(scratch.block, columns, all, scratch.k_rows);
     const bool finite =
-        copy_block(args.v, group, block, all, problem.head_dim, columns, scratch.v);
-    transpose_block(scratch.v, columns, all, kForwardKeys, !finite, scratch.pairs, scratch.v_columns);
+        copy_block(args.v, group, block, all, problem.head_dim, columns, scratch.block);
+    columns_of_block(scratch.block, columns, all, kForwardKeys, !finite, scratch.pairs,
+                     scratch.v_columns);
     for_each_panel(problem, group, next_width, [&](const Panel& panel) {
       const BlockRange range = block_range(panel.first, panel.last, block, kUnit);
       if (!range.empty()) forward_block(problem, group, panel, block, range, finite, scratch);

@@ -96,21 +96,35 @@ inline void transpose_words(__m512i (&r)[16]) {
   }
 }
 
-/// to[c * to_stride + r] = from[r * from_stride + c] of words, rows and columns multiples of 16.
-inline void transpose_words(const std::uint32_t* from, std::int64_t from_stride, std::int64_t rows,
-                            std::int64_t columns, std::uint32_t* to, std::int64_t to_stride) {
+// Layouts. A product takes rows (keys or columns) from blocks of 16 rows by 64 bytes, as
+// [row / 16][step][16][64 bytes], a step being 32 bfloat16 of depth; and lanes (lanes, or columns of
+// dk and dv) 16 at a time, as [lane / 16][depth pair][16 words]. Its sums are
+// [lane / 16][row][16 floats]. So every tile of registers is 1024 bytes without gaps.
+inline constexpr std::int64_t kTileBytes = 1024;
+inline constexpr std::int64_t kTileWords = 256;
+
+/// Transposes blocks of 16 x 16 words of a [rows, columns] matrix; the block of rows r and columns c
+/// goes to `to` + at(r, c).
+template <typename At>
+inline void transpose_words(const std::uint32_t* from, std::int64_t rows, std::int64_t columns,
+                            std::int64_t stride, std::uint32_t* to, const At& at) {
   __m512i block[16];
   for (std::int64_t r = 0; r < rows; r += 16) {
     for (std::int64_t c = 0; c < columns; c += 16) {
-      for (int i = 0; i < 16; ++i) {
-        block[i] = _mm512_loadu_si512(from + (r + i) * from_stride + c);
-      }
+      for (int i = 0; i < 16; ++i) block[i] = _mm512_loadu_si512(from + (r + i) * stride + c);
       transpose_words(block);
-      for (int i = 0; i < 16; ++i) {
-        _mm512_storeu_si512(to + (c + i) * to_stride + r, block[i]);
-      }
+      std::uint32_t* out = to + at(r, c);
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * 16, block[i]);
     }
   }
+}
+
+/// Rows [width, columns] of lanes to lanes of pairs of columns.
+inline void lanes_of_rows(const std::uint16_t* rows, std::int64_t columns, int width,
+                          std::uint32_t* to) {
+  const std::int64_t pairs = columns / 2;
+  transpose_words(reinterpret_cast<const std::uint32_t*>(rows), width, pairs, pairs, to,
+                  [&](std::int64_t lane, std::int64_t pair) { return lane * pairs + pair * 16; });
 }
 
 /// Which of a vector's bfloat16 are neither inf nor NaN.
@@ -136,10 +150,10 @@ inline bool copy_row(const std::byte* from, std::int64_t count, std::int64_t col
   return finite == ~__mmask32{0};
 }
 
-/// Two rows of `columns` bfloat16 as words: word c is {low row's, high row's}. With `clean`, 0
-/// stands for what is not finite.
+/// Two rows of `columns` bfloat16 as words {low row's, high row's}, 16 of them every `stride`. With
+/// `clean`, 0 stands for what is not finite.
 inline void pair_rows(const std::uint16_t* low, const std::uint16_t* high, std::int64_t columns,
-                      bool clean, std::uint32_t* to) {
+                      bool clean, std::uint32_t* to, std::int64_t stride) {
   for (std::int64_t c = 0; c < columns; c += 32) {
     __m512i a = _mm512_loadu_si512(low + c);
     __m512i b = _mm512_loadu_si512(high + c);
@@ -152,22 +166,37 @@ inline void pair_rows(const std::uint16_t* low, const std::uint16_t* high, std::
       const __m256i b16 = half == 0 ? _mm512_castsi512_si256(b) : _mm512_extracti64x4_epi64(b, 1);
       const __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(a16),
                                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(b16), 16));
-      _mm512_storeu_si512(to + c + half * 16, pair);
+      _mm512_storeu_si512(to + (c / 16 + half) * stride, pair);
     }
   }
 }
 
-/// The transpose of rows [begin, end) (multiples of 32) of a [keys, columns] block: to
-/// [columns, keys], through `pairs` [keys / 2, columns].
-inline void transpose_block(const std::uint16_t* from, std::int64_t columns,
-                            const BlockRange& range, std::int64_t keys, bool clean,
-                            std::uint32_t* pairs, std::uint16_t* to) {
+/// Rows [begin, end) of a block [keys, columns] as rows of a product.
+inline void rows_of_block(const std::uint16_t* from, std::int64_t columns, const BlockRange& range,
+                          std::uint16_t* to) {
+  for (std::int64_t key = range.begin; key < range.end; ++key) {
+    std::uint16_t* row = to + key / 16 * 16 * columns + key % 16 * 32;
+    for (std::int64_t c = 0; c < columns; c += 32) {
+      _mm512_storeu_si512(row + c * 16, _mm512_loadu_si512(from + key * columns + c));
+    }
+  }
+}
+
+/// The columns of a block [keys, columns] as rows of a product over keys [begin, end), through
+/// `pairs` [keys / 2, columns].
+inline void columns_of_block(const std::uint16_t* from, std::int64_t columns,
+                             const BlockRange& range, std::int64_t keys, bool clean,
+                             std::uint32_t* pairs, std::uint16_t* to) {
   for (std::int64_t key = range.begin; key < range.end; key += 2) {
     pair_rows(from + key * columns, from + (key + 1) * columns, columns, clean,
-              pairs + key / 2 * columns);
+              pairs + key / 2 * columns, 16);
   }
-  transpose_words(pairs + range.begin / 2 * columns, columns, (range.end - range.begin) / 2,
-                  columns, reinterpret_cast<std::uint32_t*>(to) + range.begin / 2, keys / 2);
+  const std::int64_t first = range.begin / 2;
+  transpose_words(pairs + first * columns, range.end / 2 - first, columns, columns,
+                  reinterpret_cast<std::uint32_t*>(to),
+                  [&](std::int64_t pair, std::int64_t column) {
+                    return column * (keys / 2) + (first + pair) * 16;
+                  });
 }
 
 /// The rows of a panel's lanes, [width, columns] bfloat16. Returns whether all are finite.
@@ -212,12 +241,23 @@ inline __m512i pair_lanes(__m512 low, __m512 high) {
   return _mm512_permutexvar_epi16(order, bits_of(both));
 }
 
-/// Writes a panel of columns x lanes floats, each lane times scale[lane], as rows of bfloat16.
+/// Writes a panel's sums [lane / 16][column][16], each lane times scale[lane], as rows of bfloat16,
+/// through `rows` [width, columns].
 inline void store_panel(const Problem& problem, const TensorView& x, const RowGroup& group,
                         const Panel& panel, const float* from, std::int64_t columns,
                         const float* scale, float* rows) {
-  transpose_words(reinterpret_cast<const std::uint32_t*>(from), panel.width, columns, panel.width,
-                  reinterpret_cast<std::uint32_t*>(rows), columns);
+  for (int lane = 0; lane < panel.width; lane += 16) {
+    __m512i block[16];
+    for (std::int64_t c = 0; c < columns; c += 16) {
+      for (int i = 0; i < 16; ++i) {
+        block[i] = _mm512_loadu_si512(from + lane * columns + (c + i) * 16);
+      }
+      transpose_words(block);
+      for (int i = 0; i < 16; ++i) {
+        _mm512_storeu_si512(rows + (lane + i) * columns + c, block[i]);
+      }
+    }
+  }
   for (int l = 0; l < panel.lanes; ++l) {
     auto* to =
         reinterpret_cast<std::uint16_t*>(lane_pointer(problem, x, group, panel, l));
