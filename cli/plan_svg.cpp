@@ -21,7 +21,8 @@ constexpr std::int64_t kMostBands = 256;
 constexpr std::int64_t kMostRuns = 1500;
 constexpr std::int64_t kMostRankRows = 16;
 constexpr double kLabelWidth = 30;  // chunk numbers to the left of a triangle
-constexpr double kGap = 26;         // between two documents
+constexpr double kTitleWidth = 88;  // "document 123456"
+constexpr double kGap = 14;         // between two documents
 constexpr double kSmallest = 60;
 constexpr double kLargest = 430;
 
@@ -132,10 +133,9 @@ class Picture {
     heading("Who computes what: a row is a query, a column a key that it may see",
             fmt::format("A row has the colour of its rank; numbers are chunks. {}{}",
                         all ? ""
-                            : fmt::format("Shown: {} of {} documents, from the longest to the "
-                                          "shortest. ",
+                            : fmt::format("Shown: {} of {} documents, long to short. ",
                                           chosen.size(), count_text(plan_.num_documents())),
-                        chosen.size() > 1 ? "Sides grow with the square root of the length." : ""));
+                        chosen.size() > 1 ? "Sides follow the square root of the length." : ""));
     if (chosen.empty()) {
       y_ += 30;
       text(kMargin, y_, 13, "#555555", "The pack holds no token.");
@@ -150,7 +150,7 @@ class Picture {
         const double share = std::sqrt(static_cast<double>(plan_.document_length(chosen[i])) /
                                        static_cast<double>(longest));
         sides[i] = std::max(kSmallest, largest * share);
-        width += kLabelWidth + sides[i] + (i > 0 ? kGap : 0);
+        width += kLabelWidth + std::max(kTitleWidth, sides[i]) + (i > 0 ? kGap : 0);
       }
       if (width <= kInner) break;
     }
@@ -159,7 +159,7 @@ class Picture {
     double tallest = 0;
     for (std::size_t i = 0; i < chosen.size(); ++i) {
       document(chosen[i], x + kLabelWidth, y_, sides[i]);
-      x += kLabelWidth + sides[i] + kGap;
+      x += kLabelWidth + std::max(kTitleWidth, sides[i]) + kGap;
       tallest = std::max(tallest, sides[i]);
     }
     if (chosen.size() == 1) reading_help(x + 10, y_);
