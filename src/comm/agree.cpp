@@ -142,6 +142,7 @@ std::vector<T> all_gather(Transport& transport, const T& mine) {
   Sentence sentence{};
   std::copy_n(mine.data(), std::min(mine.size(), kSentenceBytes - 1), sentence.data());
   const std::vector<Sentence> sentences = all_gather(transport, sentence);
+  transport.settle();
   if (!mine.empty()) throw InvalidArgument(mine);
   std::vector<int> invalid;
   for (std::size_t r = 0; r < records.size(); ++r) {
@@ -173,6 +174,7 @@ void agree(Transport& transport, const Agreement& mine) {
   }
   for (const Record& record : records) {
     if (std::memcmp(&record, &records[0], sizeof(Record)) != 0) {
+      transport.settle();
       throw CommunicationError(difference(records));
     }
   }

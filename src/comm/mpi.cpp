@@ -53,7 +53,18 @@ class MpiTransport final : public Transport {
     exchange_bytes({&one, 1}, all, "barrier");
   }
 
-  void abort(std::string_view reason) noexcept override { link_.abort(reason); }
+  void abort(std::string_view reason) noexcept override {
+    if (!settled_) link_.abort(reason);
+  }
+
+  void settle() noexcept override {
+    try {
+      barrier();
+    } catch (...) {
+      // The reason for which this rank is about to throw counts, not a peer's haste.
+    }
+    settled_ = true;
+  }
 
   void gather(std::span<const TensorView> sources, std::span<const TensorView> destinations,
               const ExchangeTable& table, const Step& step, Queue /*queue*/) override {
@@ -93,9 +104,14 @@ class MpiTransport final : public Transport {
     return segments[static_cast<std::size_t>(peer)];
   }
 
+  void begin(std::string_view step) {
+    settled_ = false;
+    link_.begin(step);
+  }
+
   void exchange_bytes(std::span<const std::byte> in, std::span<std::byte> out,
                       std::string_view step) {
-    link_.begin(step);
+    begin(step);
     const auto bytes = static_cast<std::int64_t>(in.size());
     MpiBatch batch;
     for (int peer = 0; peer < size(); ++peer) {
@@ -116,22 +132,23 @@ class MpiTransport final : public Transport {
     for (const RowView& view : views) row_bytes += view.row_bytes;
     // A sent and a received message a peer and one block of packed rows, twice for two rounds.
     const Rounds rounds = make_rounds(table, row_bytes, 2 * (2 * std::int64_t{size()} - 1));
-    const auto begin = [&](std::int64_t t) {
+    const auto begin_round = [&](std::int64_t t) {
       Round& round = rounds_[t % 2];
       round.begin = rounds.begin(t);
       round.end = rounds.end(t);
       round.batch.clear();
       round.arrivals.clear();
-      link_.begin(text);
+      begin(text);
       start_round(round);
     };
     try {
-      if (rounds.count > 0) begin(0);
+      if (rounds.count > 0) begin_round(0);
       meanwhile();
       for (std::int64_t t = 0; t < rounds.count; ++t) {
-        if (t + 1 < rounds.count) begin(t + 1);
+        if (t + 1 < rounds.count) begin_round(t + 1);
         Round& round = rounds_[t % 2];
         link_.wait(round.batch, text);
+        link_.confirm(round.batch, text);
         finish_round(round);
       }
     } catch (...) {
@@ -219,6 +236,7 @@ class MpiTransport final : public Transport {
 
   MpiLink link_;
   Round rounds_[2];
+  bool settled_ = false;
 };
 
 }  // namespace

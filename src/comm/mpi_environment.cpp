@@ -1,8 +1,10 @@
 #include "comm/mpi_environment.h"
 
 #include <atomic>
+#include <chrono>
 #include <csignal>
 #include <cstdlib>
+#include <thread>
 
 #include <fmt/format.h>
 #include <mpi.h>
@@ -51,6 +53,11 @@ bool started_by_mpi_launcher() {
     if (std::getenv(name) != nullptr) return true;
   }
   return false;
+}
+
+void linger_before_exit() {
+  if (!started_by_mpi_launcher()) return;
+  std::this_thread::sleep_for(std::chrono::milliseconds(500));
 }
 
 bool has_mpi() { return true; }

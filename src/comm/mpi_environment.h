@@ -30,6 +30,11 @@ class MpiEnvironment {
 /// environment tells; MPI need not be initialised.
 bool started_by_mpi_launcher();
 
+/// To call between a failing command's last words and its exit. The first process that ends with a
+/// code other than 0 makes mpirun end the others; this leaves them half a second for their words.
+/// Returns at once in a process that no MPI launcher started.
+void linger_before_exit();
+
 /// Whether the library has MPI, and which: "Open MPI 4.1.4", or how to build it.
 bool has_mpi();
 std::string mpi_description();

@@ -193,10 +193,9 @@ void MpiLink::wait(MpiBatch& batch, std::string_view step) {
     pause.idle();
     if (pause.time_to_look()) look_around(batch, step, pause);
   }
-  // A rank that failed may have freed the rows that the last message was read from; its word came
-  // before that.
-  receive_abort(batch, step);
 }
+
+void MpiLink::confirm(MpiBatch& batch, std::string_view step) { receive_abort(batch, step); }
 
 void MpiLink::look_around(MpiBatch& batch, std::string_view step, Pause& pause) {
   receive_abort(batch, step);

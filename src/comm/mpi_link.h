@@ -47,6 +47,9 @@ class MpiLink {
   /// Returns when the batch is complete, else throws Timeout or CommunicationError that names this
   /// rank, the peers and `step`.
   void wait(MpiBatch& batch, std::string_view step);
+  /// After wait(), before the rows that came are used: a peer that failed may have freed rows while
+  /// they were read, and has told so before. Throws as wait() does.
+  void confirm(MpiBatch& batch, std::string_view step);
   /// Sends the reason to all peers. The first call counts.
   void abort(std::string_view reason) noexcept;
   /// Gives up the requests of a batch, so that none lands in memory that the caller frees.

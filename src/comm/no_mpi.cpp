@@ -23,6 +23,8 @@ MpiEnvironment::~MpiEnvironment() = default;
 
 bool started_by_mpi_launcher() { return false; }
 
+void linger_before_exit() {}
+
 bool has_mpi() { return false; }
 
 std::string mpi_description() { return kHow; }

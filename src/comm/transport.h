@@ -51,6 +51,10 @@ class Transport {
   /// Ends the peers' waits with a CommunicationError that carries the reason.
   virtual void abort(std::string_view reason) noexcept = 0;
 
+  /// Every rank is about to throw for a reason that all know. Waits until all know it; never
+  /// throws. An abort before the next exchange is then told to nobody.
+  virtual void settle() noexcept {}
+
   /// sources[i] [local_tokens, heads, head_dim] of every rank -> destinations[i] [gathered_tokens,
   /// heads, head_dim] contiguous, in sequence order, own rows included. When it returns (on a
   /// device: in the order of `queue`) the destinations are complete and no rank reads this rank's

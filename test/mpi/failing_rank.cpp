@@ -69,5 +69,7 @@ int run(const std::string& how, const std::string& where) {
 
 int main(int argc, char** argv) {
   if (argc != 3) return 2;
-  return run(argv[1], argv[2]);
+  const int code = run(argv[1], argv[2]);
+  if (code != 0) zigzag::comm::linger_before_exit();
+  return code;
 }
