@@ -76,7 +76,7 @@ namespace zigzag::cpu {
 
 const KernelSet* avx512_bf16_kernels() {
   static constexpr KernelSet kSet = {
-      avx512_bf16::kBf16PanelLanes,   4 * avx512_bf16::kBf16PanelLanes,
+      avx512_bf16::kBf16PanelLanes,   8 * avx512_bf16::kBf16PanelLanes,
       &avx512_bf16::forward_scratch,  &avx512_bf16::backward_scratch,
       &avx512_bf16::forward_group,    &avx512_bf16::backward_group};
   return &kSet;

@@ -264,6 +264,7 @@ inline HWY_ATTR void backward_group(const Problem& problem, const BackwardTask& 
     finite_rows &= start_backward(problem, group, panel, scratch);
   });
   const std::int64_t end = group.keys.end;
+  const std::int64_t parts = panel_count(group, kPanelLanes);
   for (KeyBlock block = first_block(group.keys, kBlockKeys); block.begin < end; block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kTileKeys);
     const bool finite_k =
@@ -274,7 +275,13 @@ inline HWY_ATTR void backward_group(const Problem& problem, const BackwardTask& 
     }
     std::fill(scratch.dk + all.begin * scratch.stride, scratch.dk + all.end * scratch.stride, 0.0f);
     std::fill(scratch.dv + all.begin * scratch.stride, scratch.dv + all.end * scratch.stride, 0.0f);
+    const KeyBlock next{block.end(), block.keys};
+    std::int64_t part = 0;
     for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
+      prefetch_block(args.k, group, next, part, parts);
+      prefetch_block(args.v, group, next, part, parts);
+      prefetch_sums(task.sums, problem, group, block, part, parts);
+      ++part;
       const BlockRange range = block_range(panel.first, panel.last, block, kTileKeys);
       if (range.empty()) return;
       switch (panel.width / kVectorLanes) {

@@ -281,18 +281,24 @@ inline void backward_group(const Problem& problem, const BackwardTask& task, std
     finite_rows &= start_backward(problem, group, panel, scratch);
   });
   const std::int64_t end = group.keys.end;
+  const std::int64_t parts = panel_count(group, kBf16PanelLanes);
   for (KeyBlock block = first_block(group.keys, kBlockKeys); block.begin < end; block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kUnit);
-    copy_block(args.v, group, block, all, problem.head_dim, columns, scratch.block);
-    rows_of_block(scratch.block, columns, all, scratch.v_rows);
+    rows_of_block(args.v, group, block, all, problem.head_dim, columns, scratch.v_rows);
     const bool finite_k =
         copy_block(args.k, group, block, all, problem.head_dim, columns, scratch.block);
-    rows_of_block(scratch.block, columns, all, scratch.k_rows);
+    rows_of_block(args.k, group, block, all, problem.head_dim, columns, scratch.k_rows);
     columns_of_block(scratch.block, columns, all, kBlockKeys, !finite_k, scratch.pairs,
                      scratch.k_columns);
     std::fill_n(scratch.dk, kBlockKeys * columns, 0.0f);
     std::fill_n(scratch.dv, kBlockKeys * columns, 0.0f);
+    const KeyBlock next{block.end(), block.keys};
+    std::int64_t part = 0;
     for_each_panel(problem, group, next_width, [&](const Panel& panel) {
+      prefetch_block(args.k, group, next, part, parts);
+      prefetch_block(args.v, group, next, part, parts);
+      prefetch_sums(task.sums, problem, group, block, part, parts);
+      ++part;
       const BlockRange range = block_range(panel.first, panel.last, block, kUnit);
       if (range.empty()) return;
       backward_block(problem, group, panel, block, range, finite_k && finite_rows, scratch);

@@ -223,15 +223,20 @@ inline void forward_group(const Problem& problem, const RowGroup& group, std::by
     std::fill_n(scratch.sum + panel.offset, panel.width, 0.0f);
   });
   const std::int64_t end = group.keys.end;
+  const std::int64_t parts = panel_count(group, kBf16PanelLanes);
   for (KeyBlock block = first_block(group.keys, kForwardKeys); block.begin < end; block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kUnit);
-    copy_block(args.k, group, block, all, problem.head_dim, columns, scratch.block);
-    rows_of_block(scratch.block, columns, all, scratch.k_rows);
+    rows_of_block(args.k, group, block, all, problem.head_dim, columns, scratch.k_rows);
     const bool finite =
         copy_block(args.v, group, block, all, problem.head_dim, columns, scratch.block);
     columns_of_block(scratch.block, columns, all, kForwardKeys, !finite, scratch.pairs,
                      scratch.v_columns);
+    const KeyBlock next{block.end(), block.keys};
+    std::int64_t part = 0;
     for_each_panel(problem, group, next_width, [&](const Panel& panel) {
+      prefetch_block(args.k, group, next, part, parts);
+      prefetch_block(args.v, group, next, part, parts);
+      ++part;
       const BlockRange range = block_range(panel.first, panel.last, block, kUnit);
       if (!range.empty()) forward_block(problem, group, panel, block, range, finite, scratch);
     });

@@ -133,10 +133,10 @@ inline __mmask32 finite_mask(__m512i x) {
   return _mm512_cmpneq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
 }
 
-/// to[0, columns) = from[0, count) and zeros; a null `from` gives zeros. Returns whether all are
-/// finite.
+/// Columns [0, count) of `from` and zeros up to `columns`, 32 of them every `stride`; a null `from`
+/// gives zeros. Returns whether all are finite.
 inline bool copy_row(const std::byte* from, std::int64_t count, std::int64_t columns,
-                     std::uint16_t* to) {
+                     std::uint16_t* to, std::int64_t stride) {
   __mmask32 finite = ~__mmask32{0};
   const auto* source = reinterpret_cast<const std::uint16_t*>(from);
   if (source == nullptr) count = 0;
@@ -145,7 +145,7 @@ inline bool copy_row(const std::byte* from, std::int64_t count, std::int64_t col
     const auto mask = static_cast<__mmask32>((std::uint64_t{1} << left) - 1);
     const __m512i x = mask == 0 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, source + c);
     finite &= finite_mask(x);
-    _mm512_storeu_si512(to + c, x);
+    _mm512_storeu_si512(to + c / 32 * stride, x);
   }
   return finite == ~__mmask32{0};
 }
@@ -167,17 +167,6 @@ inline void pair_rows(const std::uint16_t* low, const std::uint16_t* high, std::
       const __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(a16),
                                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(b16), 16));
       _mm512_storeu_si512(to + (c / 16 + half) * stride, pair);
-    }
-  }
-}
-
-/// Rows [begin, end) of a block [keys, columns] as rows of a product.
-inline void rows_of_block(const std::uint16_t* from, std::int64_t columns, const BlockRange& range,
-                          std::uint16_t* to) {
-  for (std::int64_t key = range.begin; key < range.end; ++key) {
-    std::uint16_t* row = to + key / 16 * 16 * columns + key % 16 * 32;
-    for (std::int64_t c = 0; c < columns; c += 32) {
-      _mm512_storeu_si512(row + c * 16, _mm512_loadu_si512(from + key * columns + c));
     }
   }
 }
@@ -206,7 +195,7 @@ inline bool copy_lanes(const Problem& problem, const TensorView& x, const RowGro
   for (int l = 0; l < panel.width; ++l) {
     const std::byte* row =
         l < panel.lanes ? lane_pointer(problem, x, group, panel, l) : nullptr;
-    finite &= copy_row(row, problem.head_dim, columns, to + l * columns);
+    finite &= copy_row(row, problem.head_dim, columns, to + l * columns, 32);
   }
   return finite;
 }
@@ -217,9 +206,19 @@ inline bool copy_block(const TensorView& x, const RowGroup& group, const KeyBloc
                        std::uint16_t* to) {
   bool finite = true;
   for (int key = range.begin; key < range.end; ++key) {
-    finite &= copy_row(key_pointer(x, group, block, key), head_dim, columns, to + key * columns);
+    finite &= copy_row(key_pointer(x, group, block, key), head_dim, columns, to + key * columns, 32);
   }
   return finite;
+}
+
+/// Keys of a block of k or v as rows of a product.
+inline void rows_of_block(const TensorView& x, const RowGroup& group, const KeyBlock& block,
+                          const BlockRange& range, std::int64_t head_dim, std::int64_t columns,
+                          std::uint16_t* to) {
+  for (int key = range.begin; key < range.end; ++key) {
+    copy_row(key_pointer(x, group, block, key), head_dim, columns,
+             to + key / 16 * 16 * columns + key % 16 * 32, 512);
+  }
 }
 
 /// Changes the sign of rows when the scale is negative (so that scores only grow with products) or

@@ -221,6 +221,7 @@ inline HWY_ATTR void forward_group(const Problem& problem, const RowGroup& group
     std::fill_n(scratch.sum + panel.offset, panel.width, 0.0f);
   });
   const std::int64_t end = group.keys.end;
+  const std::int64_t parts = panel_count(group, kPanelLanes);
   for (KeyBlock block = first_block(group.keys, kBlockKeys); block.begin < end; block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kTileKeys);
     load_block(args.k, group, block, all, problem.head_dim, scratch.stride, scratch.k);
@@ -229,7 +230,12 @@ inline HWY_ATTR void forward_group(const Problem& problem, const RowGroup& group
     if (!finite) {
       clean_block(scratch.v, scratch.stride, all, scratch.columns, scratch.v_clean);
     }
+    const KeyBlock next{block.end(), block.keys};
+    std::int64_t part = 0;
     for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
+      prefetch_block(args.k, group, next, part, parts);
+      prefetch_block(args.v, group, next, part, parts);
+      ++part;
       const BlockRange range = block_range(panel.first, panel.last, block, kTileKeys);
       if (range.empty()) return;
       switch (panel.width / kVectorLanes) {

@@ -133,4 +133,38 @@ inline const std::byte* key_pointer(const TensorView& x, const RowGroup& group, 
   return row_pointer(x, item.k_begin + row, group.kv_head);
 }
 
+/// Panels that a group is cut into when each is `lanes` wide.
+inline std::int64_t panel_count(const RowGroup& group, std::int64_t lanes) {
+  return (group.lane_end - group.lane_begin + lanes - 1) / lanes;
+}
+
+/// Calls the rows of a block that the item has, part `part` of `parts` of them, towards the cache:
+/// between panels, so that the next block is there when its turn comes.
+inline void prefetch_block(const TensorView& x, const RowGroup& group, const KeyBlock& block,
+                           std::int64_t part, std::int64_t parts) {
+  if (block.begin >= group.keys.end) return;
+  const std::int64_t bytes = x.shape[2] * item_size(x.dtype);
+  for (std::int64_t key = block.keys * part / parts; key < block.keys * (part + 1) / parts; ++key) {
+    const std::byte* row = key_pointer(x, group, block, static_cast<int>(key));
+    if (row == nullptr) continue;
+    for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+  }
+}
+
+/// Likewise the sums that a block's dK and dV will be added to.
+inline void prefetch_sums(const GradientSums& sums, const Problem& problem, const RowGroup& group,
+                          const KeyBlock& block, std::int64_t part, std::int64_t parts) {
+  const WorkItem& item = *group.item;
+  const std::int64_t first = block.begin - item.k_position;
+  const std::int64_t begin = std::max<std::int64_t>(0, first + block.keys * part / parts);
+  const std::int64_t end = std::min(item.k_count, first + block.keys * (part + 1) / parts);
+  for (std::int64_t row = begin; row < end; ++row) {
+    const std::int64_t at = item.k_begin + row - sums.first_row;
+    for (std::int64_t c = 0; c < problem.head_dim; c += 16) {
+      __builtin_prefetch(sums.dk + at * sums.stride_k + c, 1, 2);
+      __builtin_prefetch(sums.dv + at * sums.stride_v + c, 1, 2);
+    }
+  }
+}
+
 }  // namespace zigzag::cpu
