@@ -15,7 +15,7 @@ namespace {
 constexpr double kWidth = 1000;
 constexpr double kMargin = 24;
 constexpr double kInner = kWidth - 2 * kMargin;
-constexpr std::size_t kMostDocuments = 8;
+constexpr std::size_t kMostDocuments = 5;
 constexpr std::size_t kFewDocuments = 4;  // shown of more than that
 constexpr std::int64_t kMostBands = 256;
 constexpr std::int64_t kMostRuns = 1500;
