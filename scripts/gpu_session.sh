@@ -31,7 +31,7 @@ nvidia-smi -L | tee -a "${summary}"
 for what in "$@"; do
   case "${what}" in
     test)
-      part doctor 60 "${carry}/zigzag" doctor
+      part doctor 60 "${carry}/zigzag" doctor --json
       part gpu_test 280 "${carry}/gpu_test" --gtest_output="json:${OUT}/gpu_test.json" ${GPU_TEST_FILTER:+"--gtest_filter=${GPU_TEST_FILTER}"}
       ;;
     processes)
