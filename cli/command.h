@@ -21,10 +21,14 @@ void add_run(CLI::App& app, Action& action);
 void add_bench(CLI::App& app, Action& action);
 void add_doctor(CLI::App& app, Action& action);
 
-/// False in processes of an MPI job other than rank 0, which say nothing.
+/// False in processes of an MPI job other than rank 0, which print no results.
 bool speaks();
 
-/// Writes one line to stderr, unless this is a process of an MPI job other than rank 0.
+/// To call once the ranks of an MPI job are one group: from then on a failure is each rank's own.
+void every_rank_speaks();
+
+/// Writes one line to stderr. Before the ranks of an MPI job are one group, processes other than
+/// rank 0 wait, so that a mistake that all of them find is said once.
 void say(const std::string& line);
 
 }  // namespace zigzag::cli

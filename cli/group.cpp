@@ -7,6 +7,7 @@
 
 #include <fmt/format.h>
 
+#include "command.h"
 #include "cuda/runtime.h"
 #include "zigzag/error.h"
 
@@ -114,6 +115,7 @@ Group::Group(const GroupOptions& options) : device_(options.device), comm_(optio
   }
   if (mpi) {
     mpi_ = std::make_unique<comm::MpiEnvironment>();
+    every_rank_speaks();
     if (mpi_->size() != size_) {
       throw EnvironmentError(
           fmt::format("MPI has {} processes, but the launcher announced {}", mpi_->size(), size_));

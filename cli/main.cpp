@@ -1,11 +1,18 @@
+#include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <new>
+#include <string>
+#include <string_view>
+#include <thread>
 
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include "comm/mpi_environment.h"
 #include "command.h"
 #include "io/atomic_file.h"
 #include "zigzag/error.h"
@@ -96,8 +103,17 @@ bool speaks() {
   return true;
 }
 
+namespace {
+std::atomic<bool> group_started{false};
+}
+
+void every_rank_speaks() { group_started = true; }
+
 void say(const std::string& line) {
-  if (speaks()) fmt::print(stderr, "{}\n", line);
+  // The mistake may be this process's alone (a file missing on its host). When rank 0 found it too,
+  // it speaks at once, ends, and the launcher ends this process before it repeats the sentence.
+  if (!group_started && !speaks()) std::this_thread::sleep_for(std::chrono::seconds(2));
+  fmt::print(stderr, "{}\n", line);
 }
 
 }  // namespace zigzag::cli
@@ -105,16 +121,21 @@ void say(const std::string& line) {
 int main(int argc, char** argv) {
   using namespace zigzag;
   cli::install_handlers();
+  const auto fail = [](int code, const std::string& sentence) {
+    cli::say(fmt::format("zigzag: {}", sentence));
+    comm::linger_before_exit();
+    return code;
+  };
   try {
-    return cli::command_line(argc, argv);
+    const int code = cli::command_line(argc, argv);
+    if (code != cli::kExitOk) comm::linger_before_exit();
+    return code;
   } catch (const InvalidArgument& error) {
-    cli::say(fmt::format("zigzag: {}", error.what()));
-    return cli::kExitBadInput;
+    return fail(cli::kExitBadInput, error.what());
   } catch (const std::bad_alloc&) {
-    cli::say("zigzag: not enough memory; use fewer tokens, heads or a smaller head_dim");
-    return cli::kExitEnvironment;
+    return fail(cli::kExitEnvironment,
+                "not enough memory; use fewer tokens, heads or a smaller head_dim");
   } catch (const std::exception& error) {
-    cli::say(fmt::format("zigzag: {}", error.what()));
-    return cli::kExitEnvironment;
+    return fail(cli::kExitEnvironment, error.what());
   }
 }
