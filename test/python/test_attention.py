@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from conftest import run_threads
+from ranks import run_threads
 
 from reference import attend, close, draw
 from zigzag_attention import Communicator, Plan, attention, attention_backward, shard, unshard

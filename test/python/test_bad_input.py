@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import run_threads
+from ranks import run_threads
 
 import zigzag_attention as z
 from reference import draw

@@ -1,6 +1,6 @@
 """Groups of torch.distributed over gloo: processes that are ranks."""
 
-from conftest import run_processes
+from ranks import run_processes
 
 CHECK = """
 sys.path.insert(0, {folder!r})
@@ -23,7 +23,7 @@ def check(lengths, group, options):
 
 
 def script(body):
-    from conftest import ROOT
+    from ranks import ROOT
 
     return CHECK.format(folder=str(ROOT / "test" / "python")) + body
 

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import Processes
+from ranks import Processes
 
 STEPS = """
 lengths = [300, 20] if rank != int(os.environ.get("ODD_RANK", "-1")) else [20, 300]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import run_threads
+from ranks import run_threads
 
 import zigzag_attention
 from zigzag_attention import Plan, collate, hf

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import run_threads
+from ranks import run_threads
 
 from zigzag_attention import Plan, collate, position_ids, shard, shift_labels, token_mean
 
