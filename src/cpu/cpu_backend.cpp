@@ -7,9 +7,9 @@
 #include <unordered_map>
 
 #include "cpu/kernel.h"
+#include "cpu/panel.h"
 #include "cpu/parallel.h"
 #include "cpu/target.h"
-#include "half.h"
 #include "zigzag/system.h"
 
 namespace zigzag {
@@ -17,7 +17,7 @@ namespace cpu {
 namespace {
 
 // Float32 sums of 16-bit gradients held at a time, unless one document and KV head needs more.
-constexpr std::int64_t kSumBytes = std::int64_t{24} << 20;
+constexpr std::int64_t kSumBytes = std::int64_t{40} << 20;
 
 Problem make_problem(const AttendArgs& args) {
   constexpr double kLog2E = 1.4426950408889634;
@@ -66,8 +66,7 @@ void set_zero(const TensorView& x) {
   parallel_ranges(x.shape[0], 256, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
       for (std::int64_t head = 0; head < x.shape[1]; ++head) {
-        auto* at = static_cast<std::byte*>(x.data) +
-                   (row * x.strides[0] + head * x.strides[1]) * item_size(x.dtype);
+        std::byte* at = row_pointer(x, row, head);
         std::fill(at, at + bytes, std::byte{0});
       }
     }
@@ -98,14 +97,11 @@ void run_backward(const Problem& problem, const KernelSet& kernels, std::vector<
   });
 }
 
-void round_rows(const float* from, std::int64_t rows, std::int64_t first_row, std::int64_t head,
-                const TensorView& to) {
+void round_rows(Target target, const float* from, std::int64_t rows, std::int64_t first_row,
+                std::int64_t head, const TensorView& to) {
   for (std::int64_t row = 0; row < rows; ++row) {
-    auto* at = to.as<std::uint16_t>() + (first_row + row) * to.strides[0] + head * to.strides[1];
-    const float* values = from + row * to.shape[2];
-    for (std::int64_t c = 0; c < to.shape[2]; ++c) {
-      at[c] = to.dtype == DType::kFloat16 ? to_float16(values[c]) : to_bfloat16(values[c]);
-    }
+    round_row(target, to.dtype, from + row * to.shape[2], to.shape[2],
+              row_pointer(to, first_row + row, head));
   }
 }
 
@@ -136,6 +132,7 @@ void backward_rounded(const Problem& problem, const KernelSet& kernels,
     }
     waves[entry->second].groups.push_back(group);
   }
+  const Target target = selected_target();
   std::vector<float> memory;
   for (Wave& wave : waves) {
     memory.assign(static_cast<std::size_t>(wave.floats), 0.0f);
@@ -152,8 +149,8 @@ void backward_rounded(const Problem& problem, const KernelSet& kernels,
       const std::int64_t unit = wave.units[i];
       const Rows& rows = documents.at(unit / kv_heads);
       const GradientSums& sum = sums.at(unit);
-      round_rows(sum.dk, rows.end - rows.begin, rows.begin, unit % kv_heads, args.dk);
-      round_rows(sum.dv, rows.end - rows.begin, rows.begin, unit % kv_heads, args.dv);
+      round_rows(target, sum.dk, rows.end - rows.begin, rows.begin, unit % kv_heads, args.dk);
+      round_rows(target, sum.dv, rows.end - rows.begin, rows.begin, unit % kv_heads, args.dv);
     });
   }
 }

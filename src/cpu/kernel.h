@@ -116,6 +116,9 @@ struct ElementwiseSet {
   void (*tanh)(const float* x, float* y, std::int64_t count);
 };
 
+/// Rounds `count` values once to a row of `dtype`, with the target's vectors.
+void round_row(Target target, DType dtype, const float* from, std::int64_t count, std::byte* to);
+
 /// The kernels that `target` runs tensors of `dtype` with.
 const KernelSet& kernels_of(Target target, DType dtype);
 

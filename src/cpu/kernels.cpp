@@ -27,6 +27,10 @@ HWY_ATTR void tanh_array(const float* x, float* y, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) hn::Store(tanh(d, hn::Load(d, x + i)), d, y + i);
 }
 
+HWY_ATTR void round_values(DType dtype, const float* from, std::int64_t count, std::byte* to) {
+  store_row(dtype, from, count, to);
+}
+
 const KernelSet* kernel_set() {
   // Lanes of a backward task: its panels' rows and gradients stay in a second-level cache.
   static constexpr KernelSet kSet = {kPanelLanes,      8 * kPanelLanes, &forward_scratch,
@@ -50,6 +54,7 @@ namespace {
 
 HWY_EXPORT(kernel_set);
 HWY_EXPORT(elementwise_set);
+HWY_EXPORT(round_values);
 
 // Where a target stands in Highway's tables.
 std::size_t table_index(Target target) {
@@ -72,6 +77,10 @@ std::size_t table_index(Target target) {
 }
 
 }  // namespace
+
+void round_row(Target target, DType dtype, const float* from, std::int64_t count, std::byte* to) {
+  HWY_DISPATCH_TABLE(round_values)[table_index(target)](dtype, from, count, to);
+}
 
 const KernelSet& kernels_of(Target target, DType dtype) {
   if (dtype == DType::kBFloat16) {

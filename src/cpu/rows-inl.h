@@ -86,10 +86,57 @@ HWY_INLINE bool load_row(DType dtype, const std::byte* source, std::int64_t coun
   }
 }
 
+#if HWY_TARGET == HWY_EMU128 || HWY_TARGET == HWY_SCALAR
+template <typename T>
+HWY_INLINE std::int64_t store_vectors(const float*, std::int64_t, T*) {
+  return 0;
+}
+#else
+// Each returns how many values it wrote: whole vectors.
+HWY_INLINE std::int64_t store_vectors(const float* from, std::int64_t count, float* to) {
+  const Floats d;
+  std::int64_t c = 0;
+  for (; c + kVectorLanes <= count; c += kVectorLanes) hn::StoreU(hn::LoadU(d, from + c), d, to + c);
+  return c;
+}
+HWY_INLINE std::int64_t store_vectors(const float* from, std::int64_t count, hwy::float16_t* to) {
+  const hn::Rebind<hwy::float16_t, Floats> half;
+  std::int64_t c = 0;
+  for (; c + kVectorLanes <= count; c += kVectorLanes) {
+    hn::StoreU(hn::DemoteTo(half, hn::LoadU(Floats(), from + c)), half, to + c);
+  }
+  return c;
+}
+// As to_bfloat16 in half.h; Highway 1.0.3's own conversion does not round.
+HWY_INLINE std::int64_t store_vectors(const float* from, std::int64_t count, hwy::bfloat16_t* to) {
+  const Floats d;
+  const hn::RebindToUnsigned<Floats> du;
+  const hn::Rebind<std::uint16_t, Floats> half;
+  std::int64_t c = 0;
+  for (; c + kVectorLanes <= count; c += kVectorLanes) {
+    const FloatVec x = hn::LoadU(d, from + c);
+    const auto bits = hn::BitCast(du, x);
+    const auto top = hn::ShiftRight<16>(bits);
+    const auto odd = hn::And(top, hn::Set(du, 1));
+    const auto rounded =
+        hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7fff))));
+    const auto nan = hn::Or(top, hn::Set(du, 0x40));
+    const auto result = hn::IfThenElse(hn::RebindMask(du, hn::Ne(x, x)), nan, rounded);
+    // All are below 2^16, so that the signed conversion, which saturates, must not see them whole.
+    const hn::RebindToSigned<Floats> di;
+    const hn::Rebind<std::int16_t, Floats> signed_half;
+    const auto extended = hn::ShiftRight<16>(hn::ShiftLeft<16>(hn::BitCast(di, result)));
+    hn::StoreU(hn::BitCast(half, hn::DemoteTo(signed_half, extended)), half,
+               reinterpret_cast<std::uint16_t*>(to + c));
+  }
+  return c;
+}
+#endif
+
 template <typename T>
 HWY_INLINE void store_row(const float* from, std::int64_t count, std::byte* destination) {
   auto* to = reinterpret_cast<T*>(destination);
-  for (std::int64_t c = 0; c < count; ++c) from_float(from[c], to[c]);
+  for (std::int64_t c = store_vectors(from, count, to); c < count; ++c) from_float(from[c], to[c]);
 }
 
 /// Rounds `count` values once to the tensor's type.
@@ -105,11 +152,44 @@ HWY_INLINE void store_row(DType dtype, const float* from, std::int64_t count,
   }
 }
 
-/// to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < columns.
+/// to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < columns, in blocks of 4 x 4.
 HWY_INLINE void transpose(const float* HWY_RESTRICT from, std::int64_t from_stride,
                           std::int64_t rows, std::int64_t columns, float* HWY_RESTRICT to,
                           std::int64_t to_stride) {
-  for (std::int64_t r = 0; r < rows; ++r) {
+  std::int64_t blocked = 0;
+#if HWY_TARGET != HWY_SCALAR
+  const hn::FixedTag<float, 4> d4;
+  const hn::FixedTag<double, 2> d2;
+  const auto low = [&](auto a, auto b) HWY_ATTR {
+    return hn::BitCast(d4, hn::InterleaveLower(d2, hn::BitCast(d2, a), hn::BitCast(d2, b)));
+  };
+  const auto high = [&](auto a, auto b) HWY_ATTR {
+    return hn::BitCast(d4, hn::InterleaveUpper(d2, hn::BitCast(d2, a), hn::BitCast(d2, b)));
+  };
+  blocked = rows / 4 * 4;
+  for (std::int64_t c = 0; c + 4 <= columns; c += 4) {
+    for (std::int64_t r = 0; r < blocked; r += 4) {
+      const float* at = from + r * from_stride + c;
+      const auto a = hn::LoadU(d4, at);
+      const auto b = hn::LoadU(d4, at + from_stride);
+      const auto e = hn::LoadU(d4, at + 2 * from_stride);
+      const auto f = hn::LoadU(d4, at + 3 * from_stride);
+      const auto ab_low = hn::InterleaveLower(d4, a, b);
+      const auto ab_high = hn::InterleaveUpper(d4, a, b);
+      const auto ef_low = hn::InterleaveLower(d4, e, f);
+      const auto ef_high = hn::InterleaveUpper(d4, e, f);
+      float* out = to + c * to_stride + r;
+      hn::StoreU(low(ab_low, ef_low), d4, out);
+      hn::StoreU(high(ab_low, ef_low), d4, out + to_stride);
+      hn::StoreU(low(ab_high, ef_high), d4, out + 2 * to_stride);
+      hn::StoreU(high(ab_high, ef_high), d4, out + 3 * to_stride);
+    }
+  }
+  for (std::int64_t c = columns / 4 * 4; c < columns; ++c) {
+    for (std::int64_t r = 0; r < blocked; ++r) to[c * to_stride + r] = from[r * from_stride + c];
+  }
+#endif
+  for (std::int64_t r = blocked; r < rows; ++r) {
     for (std::int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
   }
 }
