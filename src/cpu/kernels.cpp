@@ -18,13 +18,13 @@ HWY_BEFORE_NAMESPACE();
 namespace zigzag::cpu::HWY_NAMESPACE {
 
 HWY_ATTR void exp2_array(const float* x, float* y, std::int64_t count) {
-  const hn::CappedTag<float, 1> d;
-  for (std::int64_t i = 0; i < count; ++i) hn::Store(exp2(d, hn::Load(d, x + i)), d, y + i);
+  const Floats d;
+  for (std::int64_t i = 0; i < count; ++i) y[i] = hn::GetLane(exp2(d, hn::Set(d, x[i])));
 }
 
 HWY_ATTR void tanh_array(const float* x, float* y, std::int64_t count) {
-  const hn::CappedTag<float, 1> d;
-  for (std::int64_t i = 0; i < count; ++i) hn::Store(tanh(d, hn::Load(d, x + i)), d, y + i);
+  const Floats d;
+  for (std::int64_t i = 0; i < count; ++i) y[i] = hn::GetLane(tanh(d, hn::Set(d, x[i])));
 }
 
 HWY_ATTR void round_values(DType dtype, const float* from, std::int64_t count, std::byte* to) {

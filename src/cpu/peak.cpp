@@ -78,13 +78,13 @@ Peak fma_peak(int threads, double seconds) {
   for (Peak& peak : peaks) {
     pool.emplace_back([&peak, work, seconds] {
       float sink = 0;
-      // The best of short pieces: a shared machine takes a core away now and then.
+      // The best of pieces of about 10 ms: a shared machine takes a core away now and then.
       const double end = wall_seconds() + seconds;
       while (wall_seconds() < end) {
         const double wall = wall_seconds();
         const double cpu = thread_seconds();
         sink = 0;
-        const double operations = work(200'000, &sink);
+        const double operations = work(5'000'000, &sink);
         peak.cpu = std::max(peak.cpu, operations * 1e-9 / (thread_seconds() - cpu));
         peak.wall = std::max(peak.wall, operations * 1e-9 / (wall_seconds() - wall));
       }
