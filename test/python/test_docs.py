@@ -1,0 +1,42 @@
+"""The Python blocks of the pages run in order, as a reader would type them."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from ranks import ROOT
+
+PAGES = ["docs/python.md", "docs/replacing-ring-flash-attention.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run(page):
+    text = (ROOT / page).read_text()
+    if "transformers" in text:
+        pytest.importorskip("transformers")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    assert blocks
+    ended = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
+        assert (ROOT / "docs" / link).exists(), link
+
+
+def test_api_page_names_everything_public():
+    import zigzag_attention
+
+    text = (ROOT / "docs/python-api.md").read_text()
+    own = {"CommunicationError", "DeviceError", "__version__"}
+    missing = [x for x in zigzag_attention.__all__ if x not in own and f".{x}\n" not in text]
+    assert not missing
