@@ -34,7 +34,7 @@ CallbackCollectives simulated_collectives(int rank, int size, void* shared) {
   collectives.all_gather = [=](const void* in, std::size_t bytes, void* out) {
     board->sends[self] = {static_cast<const std::byte*>(in), {static_cast<std::int64_t>(bytes)}};
     board->barrier.arrive_and_wait();
-    for (std::size_t r = 0; r < board->sends.size(); ++r) {
+    for (std::size_t r = 0; r < board->sends.size() && bytes > 0; ++r) {
       std::memcpy(static_cast<std::byte*>(out) + r * bytes, board->sends[r].data, bytes);
     }
     board->barrier.arrive_and_wait();
