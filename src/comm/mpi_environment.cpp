@@ -40,6 +40,8 @@ MpiEnvironment::MpiEnvironment() {
   sigemptyset(&action.sa_mask);
   action.sa_flags = SA_RESTART;
   sigaction(SIGTERM, &action, nullptr);
+  // Open MPI writes to the connection of a peer that died, which must not end this process too.
+  std::signal(SIGPIPE, SIG_IGN);
 }
 
 MpiEnvironment::~MpiEnvironment() {

@@ -10,7 +10,8 @@ namespace zigzag::comm {
 /// The destructor finalises MPI unless the group has failed: then finalising would wait for dead
 /// peers, and the program should end by itself. While the object lives, SIGTERM, with which
 /// mpirun ends a job when one process died, does not kill the process: a rank that waits or comes
-/// to its next exchange gets a CommunicationError instead and can say what happened.
+/// to its next exchange gets a CommunicationError instead and can say what happened. SIGPIPE, which
+/// a dead peer's connection raises, is ignored.
 class MpiEnvironment {
  public:
   MpiEnvironment();
