@@ -16,8 +16,10 @@ namespace zigzag {
 /// zigzag rows, float32, float16 or bfloat16; strides are free but the last is 1. out like q, lse
 /// [local_tokens, heads] float32: natural logarithm of the sum of exp(scale * q.k) over visible
 /// keys; a row that sees no key has out 0 and lse -inf. Query head h reads KV head
-/// h / (heads / kv_heads). Throws InvalidArgument on every rank before any exchange when arguments
-/// do not fit or ranks disagree, CommunicationError or Timeout when a peer fails.
+/// h / (heads / kv_heads). Throws before any rows are exchanged when arguments do
+/// not fit: InvalidArgument on the rank that passed them, CommunicationError with the ranks and the
+/// difference on the others, and on all when ranks disagree. Throws CommunicationError or Timeout
+/// when a peer fails.
 void forward(const TensorView& q, const TensorView& k, const TensorView& v, const Plan& plan,
              const Communicator& communicator, const AttentionOptions& options,
              const TensorView& out, const TensorView& lse);
