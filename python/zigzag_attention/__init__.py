@@ -8,6 +8,11 @@ arrays and torch tensors go in, and the same kind comes out; importing the packa
 from zigzag_attention._core import CommunicationError, DeviceError
 from zigzag_attention.attention import attention, attention_backward
 from zigzag_attention.communicator import Communicator
+from zigzag_attention.contiguous import (
+    llama3_flash_attn_varlen_func,
+    llama3_flash_attn_varlen_kvpacked_func,
+    llama3_flash_attn_varlen_qkvpacked_func,
+)
 from zigzag_attention.drop_in import (
     zigzag_llama3_flash_attn_varlen_func,
     zigzag_llama3_flash_attn_varlen_kvpacked_func,
@@ -55,6 +60,9 @@ __all__ = [
     "extract_zigzag_kv_slices_for_group",
     "kernels",
     "llama3_flash_attn_prepare_cu_seqlens",
+    "llama3_flash_attn_varlen_func",
+    "llama3_flash_attn_varlen_kvpacked_func",
+    "llama3_flash_attn_varlen_qkvpacked_func",
     "position_ids",
     "rearrange_grad_from_contiguous_to_zigzag",
     "rearrange_kv_from_zigzag_to_contiguous",

@@ -77,7 +77,7 @@ def as_cu_seqlens(cu_seqlens: Indices, name: str) -> Tensor:
     return torch.from_numpy(index_array(cu_seqlens, name))
 
 
-def _split(a: Tensor, b: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def split(a: Tensor, b: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as views of what the caller packed."""
     if b is None:
         return a[:, 0], a[:, 1], a[:, 2]
@@ -142,7 +142,7 @@ def _attention(
     deterministic: bool,
     kernels: str,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = _split(a, b, c)
+    q, k, v = split(a, b, c)
     plan, communicator = _prepare(cu_seqlens, local_cu_seqlens, q.shape[0], world_size, group)
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
@@ -164,7 +164,7 @@ def _attention(
 
 @_attention.register_fake
 def _(a: Tensor, b: Tensor | None, c: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
-    q, _k, _v = _split(a, b, c)
+    q, _k, _v = split(a, b, c)
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
@@ -189,10 +189,10 @@ def _attention_backward(
     deterministic: bool,
     kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = _split(a, b, c)
+    q, k, v = split(a, b, c)
     plan, communicator = _prepare(cu_seqlens, local_cu_seqlens, q.shape[0], world_size, group)
     da, db, dc = _like(a, b, c)
-    dq, dk, dv = _split(da, None if b is None else db, None if c is None else dc)
+    dq, dk, dv = split(da, None if b is None else db, None if c is None else dc)
     if dout.stride(-1) != 1:
         # Autograd hands on whatever the next layer made, expanded scalars among it.
         dout = dout.contiguous()

@@ -177,7 +177,7 @@ def zigzag_llama3_flash_attn_varlen_qkvpacked_func(
     )
 
 
-def _check_supported(dropout_p: float, alibi_slopes: object, n_chunks: int) -> None:
+def check_supported(dropout_p: float, alibi_slopes: object, n_chunks: int = 2) -> None:
     """What would be silently different elsewhere is refused here."""
     if dropout_p != 0:
         raise ValueError(f"dropout_p is {dropout_p}; attention dropout is not supported, only 0")
@@ -186,7 +186,8 @@ def _check_supported(dropout_p: float, alibi_slopes: object, n_chunks: int) -> N
     check_n_chunks(n_chunks)
 
 
-def _check_packed(names: str, packed: tuple[Any, ...]) -> None:
+def check_packed(names: str, packed: tuple[Any, ...]) -> None:
+    """The shape of a packed tensor."""
     if names == "q k v":
         return
     name, count = names.split()[-1], 2 if names == "q kv" else 3
@@ -224,9 +225,9 @@ def _call(
     use_triton_kernel: bool,
 ) -> Any:
     """All three drop-ins."""
-    _check_supported(dropout_p, alibi_slopes, n_chunks)
+    check_supported(dropout_p, alibi_slopes, n_chunks)
     kind = same_kind(names, *packed)
-    _check_packed(names, packed)
+    check_packed(names, packed)
     options = (causal, softmax_scale, window_size, 0.0, heads_k_stride, deterministic)
     kernels = kernels_name(use_triton_kernel) or ""
     out: Any

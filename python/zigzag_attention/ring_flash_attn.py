@@ -1,5 +1,10 @@
 """The drop-in names in one module: `import zigzag_attention.ring_flash_attn as ring_flash_attn`."""
 
+from zigzag_attention.contiguous import (
+    llama3_flash_attn_varlen_func,
+    llama3_flash_attn_varlen_kvpacked_func,
+    llama3_flash_attn_varlen_qkvpacked_func,
+)
 from zigzag_attention.drop_in import (
     zigzag_llama3_flash_attn_varlen_func,
     zigzag_llama3_flash_attn_varlen_kvpacked_func,
@@ -21,6 +26,9 @@ __all__ = [
     "extract_local",
     "extract_zigzag_kv_slices_for_group",
     "llama3_flash_attn_prepare_cu_seqlens",
+    "llama3_flash_attn_varlen_func",
+    "llama3_flash_attn_varlen_kvpacked_func",
+    "llama3_flash_attn_varlen_qkvpacked_func",
     "rearrange_grad_from_contiguous_to_zigzag",
     "rearrange_kv_from_zigzag_to_contiguous",
     "scatter_grad_to_zigzag",

@@ -118,3 +118,65 @@ dist.destroy_process_group()
 """
         ),
     )
+
+
+CONTIGUOUS = """
+import numpy as np
+import zigzag_attention.ring_flash_attn as ring_flash_attn
+
+def runs(lengths, options, packing, dtype=torch.float32):
+    heads = 4 if packing == "qkv" else 2
+    inputs = [x.to(dtype) for x in draw(lengths, kv_heads=heads, seed=sum(lengths))]
+    cu = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32)
+    run = int(cu[-1]) // size
+    causal = options.get("causal", True)
+    arguments = ring_flash_attn.llama3_flash_attn_prepare_cu_seqlens(cu, causal, rank, size)
+    *arguments, k_slice = arguments
+    q, k, v, dout = (x[rank * run : (rank + 1) * run] for x in inputs)
+    keywords = dict(causal=causal, return_attn_probs=True,
+                    window_size=options.get("window", (-1, -1)))
+    if packing == "qkv":
+        x = torch.stack([q, k, v], 1).requires_grad_()
+        call, tensors = ring_flash_attn.llama3_flash_attn_varlen_qkvpacked_func, [x]
+    elif packing == "kv":
+        q, x = q.clone().requires_grad_(), torch.stack([k, v], 1).requires_grad_()
+        call, tensors = ring_flash_attn.llama3_flash_attn_varlen_kvpacked_func, [q, x]
+    else:
+        tensors = [x.clone().requires_grad_() for x in (q, k, v)]
+        call = ring_flash_attn.llama3_flash_attn_varlen_func
+    out, lse, _ = call(*tensors, *arguments, 1, k_slice, **keywords)
+    out.backward(dout)
+    if packing == "qkv":
+        grads = x.grad.unbind(1)
+    elif packing == "kv":
+        grads = (q.grad, *x.grad.unbind(1))
+    else:
+        grads = [x.grad for x in tensors]
+    a, b, c = (x.double().requires_grad_() for x in inputs[:3])
+    want, want_lse = attend(a, b, c, lengths, **options)
+    want.backward(inputs[3].double())
+    bound = 3e-6 if dtype == torch.float32 else 1e-2
+    for got, full in zip((out, lse.T, *grads), (want, want_lse, a.grad, b.grad, c.grad)):
+        close(got, full.detach()[rank * run : (rank + 1) * run], bound)
+
+for lengths in ([48], [5, 20, 0, 23], [1, 1, 1, 45], [16, 16, 16]):
+    for packing in ("separate", "kv", "qkv"):
+        runs(lengths, {}, packing)
+runs([5, 20, 0, 23], {"causal": False}, "separate")
+runs([5, 43], {"window": (7, 0)}, "separate")
+runs([5, 43], {}, "kv", torch.bfloat16)
+q = torch.randn(16, 2, 32)
+good = torch.tensor([0, 16], dtype=torch.int32)
+try:
+    which = slice(0, 16) if rank else slice(1, 17)
+    ring_flash_attn.llama3_flash_attn_varlen_func(q, q, q, good, good, 16, 16, 1, which)
+    raise SystemExit("nothing was raised")
+except (ValueError, RuntimeError) as error:
+    assert "local_k_slice" in str(error) or "cu_seqlens_k" in str(error), error
+dist.destroy_process_group()
+"""
+
+
+def test_the_contiguous_layout_of_llama3():
+    for size in (1, 3):
+        run_processes(size, script(CONTIGUOUS))
