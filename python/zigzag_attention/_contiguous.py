@@ -144,8 +144,7 @@ def attention(
             "the contiguous layout needs a torch.distributed group; with a Communicator shard by "
             "a Plan and call attention"
         )
-    a, b, c = (*packed, None, None)[:3]
-    q, k, v = _torch.split(a, b, c)
+    q, k, v = _torch.split(packed[0], *(*packed[1:], None, None)[:2])
     run = q.shape[0]
     cu_q = index_array(pack[0], "cu_seqlens_q")
     first = pack[2].start if isinstance(pack[2], slice) else None
