@@ -3,8 +3,7 @@
 #if defined(__x86_64__)
 #include "cpu/bf16_includes.h"
 
-#define ZIGZAG_BF16_TARGET \
-  "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16"
+#define ZIGZAG_BF16_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16"
 #include "cpu/bf16_target_begin.h"
 
 namespace zigzag::cpu::amx {
@@ -32,9 +31,9 @@ class Engine {
   Engine& operator=(const Engine&) = delete;
   ~Engine() { _tile_release(); }
 
-  /// c(i, l) (+)= sum over pairs of a(i, pair) * b(pair, l) for 32 rows i and 32 lanes l, `steps` of
-  /// 16 pairs deep, in the layouts of bf16_pack-inl.h. The strides, in bytes, lead from the first 16
-  /// rows of a, lanes of b and lanes of c to the second.
+  /// c(i, l) (+)= sum over pairs of a(i, pair) * b(pair, l) for 32 rows i and 32 lanes l, `steps`
+  /// of 16 pairs deep, in the layouts of bf16_pack-inl.h. The strides, in bytes, lead from the
+  /// first 16 rows of a, lanes of b and lanes of c to the second.
   static void multiply(const void* a, std::int64_t a_stride, const void* b, std::int64_t b_stride,
                        float* c, std::int64_t c_stride, std::int64_t steps, bool accumulate) {
     // GCC's tile instructions do not say that they read and write memory.
@@ -88,9 +87,9 @@ class Engine {
 namespace zigzag::cpu {
 
 const KernelSet* amx_kernels() {
-  static constexpr KernelSet kSet = {amx::kBf16PanelLanes,   8 * amx::kBf16PanelLanes,
-                                     &amx::forward_scratch,  &amx::backward_scratch,
-                                     &amx::forward_group,    &amx::backward_group};
+  static constexpr KernelSet kSet = {amx::kBf16PanelLanes,  8 * amx::kBf16PanelLanes,
+                                     &amx::forward_scratch, &amx::backward_scratch,
+                                     &amx::forward_group,   &amx::backward_group};
   return &kSet;
 }
 

@@ -19,8 +19,8 @@ class Engine {
                        float* c, std::int64_t c_stride, std::int64_t steps, bool accumulate) {
     for (int row = 0; row < 32; row += kRows) {
       tile(static_cast<const std::byte*>(a) + row / 16 * a_stride + row % 16 * 64,
-           static_cast<const std::byte*>(b), b_stride,
-           reinterpret_cast<std::byte*>(c) + row * 64, c_stride, steps, accumulate);
+           static_cast<const std::byte*>(b), b_stride, reinterpret_cast<std::byte*>(c) + row * 64,
+           c_stride, steps, accumulate);
     }
   }
 
@@ -76,15 +76,15 @@ namespace zigzag::cpu {
 
 const KernelSet* avx512_bf16_kernels() {
   static constexpr KernelSet kSet = {
-      avx512_bf16::kBf16PanelLanes,   8 * avx512_bf16::kBf16PanelLanes,
-      &avx512_bf16::forward_scratch,  &avx512_bf16::backward_scratch,
-      &avx512_bf16::forward_group,    &avx512_bf16::backward_group};
+      avx512_bf16::kBf16PanelLanes,  8 * avx512_bf16::kBf16PanelLanes,
+      &avx512_bf16::forward_scratch, &avx512_bf16::backward_scratch,
+      &avx512_bf16::forward_group,   &avx512_bf16::backward_group};
   return &kSet;
 }
 
 const ElementwiseSet* avx512_bf16_elementwise() {
-  static constexpr ElementwiseSet kSet = {avx512_bf16::kExp2Error, avx512_bf16::kTanhError, &avx512_bf16::exp2_array,
-                                          &avx512_bf16::tanh_array};
+  static constexpr ElementwiseSet kSet = {avx512_bf16::kExp2Error, avx512_bf16::kTanhError,
+                                          &avx512_bf16::exp2_array, &avx512_bf16::tanh_array};
   return &kSet;
 }
 

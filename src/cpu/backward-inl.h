@@ -6,11 +6,11 @@
 #define ZIGZAG_CPU_BACKWARD_INL_H_
 #endif
 
-#include <hwy/highway.h>
-
 #include <cmath>
 #include <cstdint>
 #include <limits>
+
+#include <hwy/highway.h>
 
 #include "cpu/panel-inl.h"
 
@@ -220,7 +220,10 @@ inline HWY_ATTR bool start_backward(const Problem& problem, const RowGroup& grou
     scratch.delta[panel.offset + l] = hn::GetLane(hn::SumOfLanes(d, sum));
     constexpr float kLog2E = 1.4426950408889634f;
     scratch.lse[panel.offset + l] =
-        l < panel.lanes ? *reinterpret_cast<const float*>(lane_pointer(problem, args.lse, group, panel, l)) * kLog2E : 0.0f;
+        l < panel.lanes
+            ? *reinterpret_cast<const float*>(lane_pointer(problem, args.lse, group, panel, l)) *
+                  kLog2E
+            : 0.0f;
   }
   if (!finite) {
     for (int l = 0; l < panel.lanes; ++l) {
@@ -265,7 +268,8 @@ inline HWY_ATTR void backward_group(const Problem& problem, const BackwardTask& 
   });
   const std::int64_t end = group.keys.end;
   const std::int64_t parts = panel_count(group, kPanelLanes);
-  for (KeyBlock block = first_block(group.keys, kBlockKeys); block.begin < end; block.begin += block.keys) {
+  for (KeyBlock block = first_block(group.keys, kBlockKeys); block.begin < end;
+       block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kTileKeys);
     const bool finite_k =
         load_block(args.k, group, block, all, problem.head_dim, scratch.stride, scratch.k);

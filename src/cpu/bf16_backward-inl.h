@@ -64,8 +64,7 @@ struct Bf16Gradient {
 
 /// The weight and the score's gradient of 16 lanes at one key.
 inline Bf16Gradient gradient(const Problem& problem, const PanelMask& mask, int lane, int key,
-                             bool masked, __m512 lse, __m512 delta, __m512 score,
-                             __m512 product) {
+                             bool masked, __m512 lse, __m512 delta, __m512 score, __m512 product) {
   const __m512 factor = _mm512_set1_ps(problem.log2_factor());
   __m512 slope = _mm512_set1_ps(1.0f);
   if (problem.cap != 0) {
@@ -101,9 +100,9 @@ inline void gradients(const Problem& problem, const PanelMask& mask, const Panel
     for (int i = 0; i < 2; ++i) {
       for (int v = 0; v < 2; ++v) {
         const std::int64_t at = (v * kUnit + local + i) * 16;
-        g[i][v] = gradient(problem, mask, lane + v * 16, key + i, masked, lse[v], delta[v],
-                           _mm512_load_ps(scratch.scores + at),
-                           _mm512_load_ps(scratch.products + at));
+        g[i][v] =
+            gradient(problem, mask, lane + v * 16, key + i, masked, lse[v], delta[v],
+                     _mm512_load_ps(scratch.scores + at), _mm512_load_ps(scratch.products + at));
       }
       const std::int64_t row = row_offset(key + i, lane, panel.width);
       _mm512_store_si512(scratch.weights + row,
@@ -195,8 +194,8 @@ inline void backward_block(const Problem& problem, const RowGroup& group, const 
 }
 
 /// Rows [width, columns] of lanes to columns of pairs of lanes.
-inline void columns_of_rows(const std::uint16_t* rows, std::int64_t columns, int width,
-                            bool finite, std::uint32_t* to) {
+inline void columns_of_rows(const std::uint16_t* rows, std::int64_t columns, int width, bool finite,
+                            std::uint32_t* to) {
   for (int l = 0; l < width; l += 2) {
     pair_rows(rows + l * columns, rows + (l + 1) * columns, columns, !finite, to + l / 2 * 16,
               width / 2 * 16);
@@ -263,8 +262,7 @@ inline void add_gradients(const Problem& problem, const RowGroup& group, const K
       _mm512_mask_storeu_ps(
           dk + c, part,
           _mm512_fmadd_ps(_mm512_load_ps(scratch.dk + from), _mm512_set1_ps(scale), old_dk));
-      _mm512_mask_storeu_ps(dv + c, part,
-                            _mm512_add_ps(_mm512_load_ps(scratch.dv + from), old_dv));
+      _mm512_mask_storeu_ps(dv + c, part, _mm512_add_ps(_mm512_load_ps(scratch.dv + from), old_dv));
     }
   }
 }
@@ -282,7 +280,8 @@ inline void backward_group(const Problem& problem, const BackwardTask& task, std
   });
   const std::int64_t end = group.keys.end;
   const std::int64_t parts = panel_count(group, kBf16PanelLanes);
-  for (KeyBlock block = first_block(group.keys, kBlockKeys); block.begin < end; block.begin += block.keys) {
+  for (KeyBlock block = first_block(group.keys, kBlockKeys); block.begin < end;
+       block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kUnit);
     rows_of_block(args.v, group, block, all, problem.head_dim, columns, scratch.v_rows);
     const bool finite_k =
@@ -310,8 +309,8 @@ inline void backward_group(const Problem& problem, const BackwardTask& task, std
   alignas(64) float scale[kBf16PanelLanes];
   std::fill_n(scale, kBf16PanelLanes, static_cast<float>(args.scale));
   for_each_panel(problem, group, next_width, [&](const Panel& panel) {
-    store_panel(problem, args.dq, group, panel, scratch.dq + columns * panel.offset, columns,
-                scale, reinterpret_cast<float*>(scratch.rows));
+    store_panel(problem, args.dq, group, panel, scratch.dq + columns * panel.offset, columns, scale,
+                reinterpret_cast<float*>(scratch.rows));
   });
 }
 

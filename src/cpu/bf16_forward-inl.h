@@ -41,7 +41,8 @@ struct Bf16ForwardScratch {
 /// Lanes of a vector that see a key.
 inline __mmask16 sees_vector(const PanelMask& mask, int lane, int key) {
   const __m512 position = _mm512_set1_ps(static_cast<float>(key));
-  const __mmask16 after = _mm512_cmp_ps_mask(position, _mm512_load_ps(mask.first + lane), _CMP_GE_OQ);
+  const __mmask16 after =
+      _mm512_cmp_ps_mask(position, _mm512_load_ps(mask.first + lane), _CMP_GE_OQ);
   return _mm512_mask_cmp_ps_mask(after, position, _mm512_load_ps(mask.end + lane), _CMP_LT_OQ);
 }
 
@@ -100,9 +101,9 @@ inline void raise(const Problem& problem, const PanelMask& mask, const Panel& pa
       largest[j] = _mm512_max_ps(largest[j], _mm512_load_ps(scores + (i + j) * 16));
     }
   }
-  const __m512 most = _mm512_mul_ps(_mm512_max_ps(_mm512_max_ps(largest[0], largest[1]),
-                                                  _mm512_max_ps(largest[2], largest[3])),
-                                    factor);
+  const __m512 most = _mm512_mul_ps(
+      _mm512_max_ps(_mm512_max_ps(largest[0], largest[1]), _mm512_max_ps(largest[2], largest[3])),
+      factor);
   float* max_at = scratch.max + panel.offset + lane;
   float* sum_at = scratch.sum + panel.offset + lane;
   const __m512 before = _mm512_load_ps(max_at);
@@ -112,8 +113,8 @@ inline void raise(const Problem& problem, const PanelMask& mask, const Panel& pa
   _mm512_store_ps(max_at, _mm512_mask_mov_ps(before, moved, most));
   // Lanes that have seen nothing have sums of 0.
   if (_mm512_cmp_ps_mask(before, lowest, _CMP_NEQ_UQ) == 0) return;
-  const __m512 shrink = _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), moved,
-                                           exp2_bf16(_mm512_sub_ps(before, most)));
+  const __m512 shrink =
+      _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), moved, exp2_bf16(_mm512_sub_ps(before, most)));
   _mm512_store_ps(sum_at, _mm512_mul_ps(_mm512_load_ps(sum_at), shrink));
   add_values(lane / kUnit * kUnit, key, pending, out, scratch);
   for (std::int64_t c = 0; c < scratch.columns; ++c) {
@@ -147,16 +148,14 @@ inline void weigh(const Problem& problem, const Panel& panel, int lane, int key,
 
 /// What is not finite reaches only lanes that see it, as in forward-inl.h.
 inline void add_special(const Problem& problem, const PanelMask& mask, const Panel& panel,
-                        const BlockRange& range, float* out,
-                        const Bf16ForwardScratch& scratch) {
+                        const BlockRange& range, float* out, const Bf16ForwardScratch& scratch) {
   for (int key = range.begin; key < range.end; ++key) {
     for (std::int64_t c = 0; c < problem.head_dim; ++c) {
       const float value = from_bfloat16(scratch.block[key * scratch.columns + c]);
       if (std::isfinite(value)) continue;
       for (int l = 0; l < panel.lanes; ++l) {
         const std::int64_t tile = l / 16 * 16;
-        const std::uint32_t pair =
-            scratch.weights[tile * kForwardKeys / 2 + key / 2 * 16 + l % 16];
+        const std::uint32_t pair = scratch.weights[tile * kForwardKeys / 2 + key / 2 * 16 + l % 16];
         const float weight = from_bfloat16(static_cast<std::uint16_t>(pair >> (key % 2 * 16)));
         if (mask.sees(l, key)) out[tile * scratch.columns + c * 16 + l % 16] += weight * value;
       }
@@ -182,7 +181,8 @@ inline void forward_block(const Problem& problem, const RowGroup& group, const P
     }
     const bool full = range.full(key, kUnit);
     for (int lane = 0; lane < panel.width; lane += 16) {
-      raise(problem, mask, panel, lane, key, full, scratch.scores + lane * kUnit, pending, out, scratch);
+      raise(problem, mask, panel, lane, key, full, scratch.scores + lane * kUnit, pending, out,
+            scratch);
       weigh(problem, panel, lane, key, scratch.scores + lane * kUnit, scratch);
     }
   }
@@ -224,7 +224,8 @@ inline void forward_group(const Problem& problem, const RowGroup& group, std::by
   });
   const std::int64_t end = group.keys.end;
   const std::int64_t parts = panel_count(group, kBf16PanelLanes);
-  for (KeyBlock block = first_block(group.keys, kForwardKeys); block.begin < end; block.begin += block.keys) {
+  for (KeyBlock block = first_block(group.keys, kForwardKeys); block.begin < end;
+       block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kUnit);
     rows_of_block(args.k, group, block, all, problem.head_dim, columns, scratch.k_rows);
     const bool finite =
@@ -241,9 +242,8 @@ inline void forward_group(const Problem& problem, const RowGroup& group, std::by
       if (!range.empty()) forward_block(problem, group, panel, block, range, finite, scratch);
     });
   }
-  for_each_panel(problem, group, next_width, [&](const Panel& panel) {
-    finish_forward(problem, group, panel, scratch);
-  });
+  for_each_panel(problem, group, next_width,
+                 [&](const Panel& panel) { finish_forward(problem, group, panel, scratch); });
 }
 
 inline std::size_t forward_scratch(std::int64_t head_dim, std::int64_t lanes) {

@@ -3,8 +3,6 @@
 // What the bfloat16 kernels use, compiled without their instruction set: an inline function that
 // the linker shares with other files must run on every machine.
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -12,6 +10,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+
+#include <immintrin.h>
 
 #include "cpu/kernel.h"
 #include "cpu/panel.h"

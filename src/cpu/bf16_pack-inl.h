@@ -97,14 +97,14 @@ inline void transpose_words(__m512i (&r)[16]) {
 }
 
 // Layouts. A product takes rows (keys or columns) from blocks of 16 rows by 64 bytes, as
-// [row / 16][step][16][64 bytes], a step being 32 bfloat16 of depth; and lanes (lanes, or columns of
-// dk and dv) 16 at a time, as [lane / 16][depth pair][16 words]. Its sums are
-// [lane / 16][row][16 floats]. So every tile of registers is 1024 bytes without gaps.
+// [row / 16][step][16][64 bytes], a step being 32 bfloat16 of depth; and lanes (lanes, or columns
+// of dk and dv) 16 at a time, as [lane / 16][depth pair][16 words]. Its sums are [lane /
+// 16][row][16 floats]. So every tile of registers is 1024 bytes without gaps.
 inline constexpr std::int64_t kTileBytes = 1024;
 inline constexpr std::int64_t kTileWords = 256;
 
-/// Transposes blocks of 16 x 16 words of a [rows, columns] matrix; the block of rows r and columns c
-/// goes to `to` + at(r, c).
+/// Transposes blocks of 16 x 16 words of a [rows, columns] matrix; the block of rows r and columns
+/// c goes to `to` + at(r, c).
 template <typename At>
 inline void transpose_words(const std::uint32_t* from, std::int64_t rows, std::int64_t columns,
                             std::int64_t stride, std::uint32_t* to, const At& at) {
@@ -143,7 +143,8 @@ inline bool copy_row(const std::byte* from, std::int64_t count, std::int64_t col
   for (std::int64_t c = 0; c < columns; c += 32) {
     const std::int64_t left = std::clamp<std::int64_t>(count - c, 0, 32);
     const auto mask = static_cast<__mmask32>((std::uint64_t{1} << left) - 1);
-    const __m512i x = mask == 0 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, source + c);
+    const __m512i x =
+        mask == 0 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, source + c);
     finite &= finite_mask(x);
     _mm512_storeu_si512(to + c / 32 * stride, x);
   }
@@ -193,8 +194,7 @@ inline bool copy_lanes(const Problem& problem, const TensorView& x, const RowGro
                        const Panel& panel, std::int64_t columns, std::uint16_t* to) {
   bool finite = true;
   for (int l = 0; l < panel.width; ++l) {
-    const std::byte* row =
-        l < panel.lanes ? lane_pointer(problem, x, group, panel, l) : nullptr;
+    const std::byte* row = l < panel.lanes ? lane_pointer(problem, x, group, panel, l) : nullptr;
     finite &= copy_row(row, problem.head_dim, columns, to + l * columns, 32);
   }
   return finite;
@@ -206,7 +206,8 @@ inline bool copy_block(const TensorView& x, const RowGroup& group, const KeyBloc
                        std::uint16_t* to) {
   bool finite = true;
   for (int key = range.begin; key < range.end; ++key) {
-    finite &= copy_row(key_pointer(x, group, block, key), head_dim, columns, to + key * columns, 32);
+    finite &=
+        copy_row(key_pointer(x, group, block, key), head_dim, columns, to + key * columns, 32);
   }
   return finite;
 }
@@ -258,8 +259,7 @@ inline void store_panel(const Problem& problem, const TensorView& x, const RowGr
     }
   }
   for (int l = 0; l < panel.lanes; ++l) {
-    auto* to =
-        reinterpret_cast<std::uint16_t*>(lane_pointer(problem, x, group, panel, l));
+    auto* to = reinterpret_cast<std::uint16_t*>(lane_pointer(problem, x, group, panel, l));
     const __m512 factor = _mm512_set1_ps(scale[l]);
     for (std::int64_t c = 0; c < problem.head_dim; c += 16) {
       const std::int64_t left = std::min<std::int64_t>(problem.head_dim - c, 16);

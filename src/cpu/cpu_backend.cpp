@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
-#include <new>
 #include <unordered_map>
 
 #include "cpu/kernel.h"
@@ -26,7 +26,8 @@ Problem make_problem(const AttendArgs& args) {
   problem.head_dim = args.q.shape[2];
   problem.group = args.k.shape[1] == 0 ? 1 : args.q.shape[1] / args.k.shape[1];
   const bool capped = args.softcap != 0;
-  problem.score_scale = static_cast<float>(capped ? args.scale / args.softcap : args.scale * kLog2E);
+  problem.score_scale =
+      static_cast<float>(capped ? args.scale / args.softcap : args.scale * kLog2E);
   problem.cap = capped ? static_cast<float>(args.softcap * kLog2E) : 0.0f;
   return problem;
 }
@@ -133,17 +134,20 @@ void backward_rounded(const Problem& problem, const KernelSet& kernels,
     waves[entry->second].groups.push_back(group);
   }
   const Target target = selected_target();
-  std::vector<float> memory;
   for (Wave& wave : waves) {
-    memory.assign(static_cast<std::size_t>(wave.floats), 0.0f);
+    const std::unique_ptr<float, decltype(&std::free)> memory(
+        static_cast<float*>(allocate_pages(wave.floats * std::int64_t{sizeof(float)})), &std::free);
     std::unordered_map<std::int64_t, GradientSums> sums;
-    float* at = memory.data();
+    float* at = memory.get();
     for (const std::int64_t unit : wave.units) {
       const Rows& rows = documents.at(unit / kv_heads);
       const std::int64_t floats = (rows.end - rows.begin) * head_dim;
       sums[unit] = {at, at + floats, head_dim, head_dim, rows.begin};
       at += 2 * floats;
     }
+    parallel_ranges(wave.floats, 1 << 18, [&](std::int64_t begin, std::int64_t end) {
+      std::fill(memory.get() + begin, memory.get() + end, 0.0f);
+    });
     run_backward(problem, kernels, wave.groups, sums);
     parallel_for(std::ssize(wave.units), [&](std::int64_t i) {
       const std::int64_t unit = wave.units[i];
@@ -158,10 +162,8 @@ void backward_rounded(const Problem& problem, const KernelSet& kernels,
 }  // namespace
 
 Buffer CpuBackend::allocate(std::int64_t bytes) {
-  constexpr std::align_val_t kAlignment{256};
-  void* memory = ::operator new(static_cast<std::size_t>(std::max<std::int64_t>(bytes, 1)),
-                                kAlignment);
-  return {std::shared_ptr<void>(memory, [](void* p) { ::operator delete(p, kAlignment); }), bytes};
+  return {std::shared_ptr<void>(allocate_pages(bytes), [](void* memory) { std::free(memory); }),
+          bytes};
 }
 
 void FusedBackend::attend(const AttendArgs& args) {

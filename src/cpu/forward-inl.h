@@ -6,11 +6,11 @@
 #define ZIGZAG_CPU_FORWARD_INL_H_
 #endif
 
-#include <hwy/highway.h>
-
 #include <cmath>
 #include <cstdint>
 #include <limits>
+
+#include <hwy/highway.h>
 
 #include "cpu/panel-inl.h"
 
@@ -216,13 +216,13 @@ inline HWY_ATTR void forward_group(const Problem& problem, const RowGroup& group
                scratch.q + problem.head_dim * panel.offset);
     float* out = scratch.out + scratch.columns * panel.offset;
     std::fill(out, out + scratch.columns * panel.width, 0.0f);
-    std::fill_n(scratch.max + panel.offset, panel.width,
-                -std::numeric_limits<float>::infinity());
+    std::fill_n(scratch.max + panel.offset, panel.width, -std::numeric_limits<float>::infinity());
     std::fill_n(scratch.sum + panel.offset, panel.width, 0.0f);
   });
   const std::int64_t end = group.keys.end;
   const std::int64_t parts = panel_count(group, kPanelLanes);
-  for (KeyBlock block = first_block(group.keys, kBlockKeys); block.begin < end; block.begin += block.keys) {
+  for (KeyBlock block = first_block(group.keys, kBlockKeys); block.begin < end;
+       block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kTileKeys);
     load_block(args.k, group, block, all, problem.head_dim, scratch.stride, scratch.k);
     const bool finite =

@@ -50,9 +50,9 @@ struct RowGroup {
   std::int64_t kv_head = 0;
   std::int64_t lane_begin = 0;
   std::int64_t lane_end = 0;
-  VisibleKeys keys;           // that any of the lanes sees
-  double cost = 0;         // visible pairs
-  std::int64_t unit = 0;   // backward: which gradients of a document and KV head it adds to
+  VisibleKeys keys;            // that any of the lanes sees
+  double cost = 0;             // visible pairs
+  std::int64_t unit = 0;       // backward: which gradients of a document and KV head it adds to
   std::int64_t previous = -1;  // backward: the task of the unit that adds before this one
 };
 
@@ -97,8 +97,8 @@ struct BackwardTask {
 
 /// The kernels of one target and one element type.
 struct KernelSet {
-  std::int64_t panel_lanes;          // lanes that are computed together
-  std::int64_t backward_lanes;       // lanes of a backward task; fixes the order of dK, dV sums
+  std::int64_t panel_lanes;     // lanes that are computed together
+  std::int64_t backward_lanes;  // lanes of a backward task; fixes the order of dK, dV sums
   /// Bytes of scratch that a task of `lanes` lanes needs.
   std::size_t (*forward_scratch)(std::int64_t head_dim, std::int64_t lanes);
   std::size_t (*backward_scratch)(std::int64_t head_dim, std::int64_t lanes);

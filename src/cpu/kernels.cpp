@@ -33,7 +33,7 @@ HWY_ATTR void round_values(DType dtype, const float* from, std::int64_t count, s
 
 const KernelSet* kernel_set() {
   // Lanes of a backward task: its panels' rows and gradients stay in a second-level cache.
-  static constexpr KernelSet kSet = {kPanelLanes,      8 * kPanelLanes, &forward_scratch,
+  static constexpr KernelSet kSet = {kPanelLanes,       8 * kPanelLanes, &forward_scratch,
                                      &backward_scratch, &forward_group,  &backward_group};
   return &kSet;
 }

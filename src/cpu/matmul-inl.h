@@ -6,9 +6,9 @@
 #define ZIGZAG_CPU_MATMUL_INL_H_
 #endif
 
-#include <hwy/highway.h>
-
 #include <cstdint>
+
+#include <hwy/highway.h>
 
 #include "cpu/kernel.h"
 

@@ -6,11 +6,11 @@
 #define ZIGZAG_CPU_PANEL_INL_H_
 #endif
 
-#include <hwy/highway.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+
+#include <hwy/highway.h>
 
 #include "cpu/exp-inl.h"
 #include "cpu/kernel.h"
@@ -40,8 +40,8 @@ HWY_INLINE hn::Mask<Floats> sees_vector(const PanelMask& mask, int vector, int k
 /// Keys [begin, end) of a block of K or V as float32 rows at `stride`; rows that the item lacks
 /// are 0. Returns whether all are finite.
 inline HWY_ATTR bool load_block(const TensorView& x, const RowGroup& group, const KeyBlock& block,
-                                const BlockRange& range, std::int64_t head_dim,
-                                std::int64_t stride, float* to) {
+                                const BlockRange& range, std::int64_t head_dim, std::int64_t stride,
+                                float* to) {
   const std::int64_t columns = padded_columns(head_dim);
   bool finite = true;
   for (int key = range.begin; key < range.end; ++key) {
@@ -83,9 +83,8 @@ inline HWY_ATTR bool load_lanes(const Problem& problem, const TensorView& x, con
 }
 
 /// Writes a panel's rows to the tensor.
-inline HWY_ATTR void store_lanes(const Problem& problem, const TensorView& x,
-                                 const RowGroup& group, const Panel& panel, std::int64_t stride,
-                                 const float* from) {
+inline HWY_ATTR void store_lanes(const Problem& problem, const TensorView& x, const RowGroup& group,
+                                 const Panel& panel, std::int64_t stride, const float* from) {
   for (int l = 0; l < panel.lanes; ++l) {
     store_row(x.dtype, from + l * stride, problem.head_dim,
               lane_pointer(problem, x, group, panel, l));

@@ -34,7 +34,7 @@ struct Panel {
   int lanes = 0;
   int width = 0;
   std::int64_t offset = 0;  // widths of the group's panels before it
-  VisibleKeys first;           // what its first and its last lane see
+  VisibleKeys first;        // what its first and its last lane see
   VisibleKeys last;
 };
 
@@ -97,7 +97,8 @@ struct LaneMask {
   alignas(64) float first[kLanes];
   alignas(64) float end[kLanes];
 
-  void set(const Problem& problem, const RowGroup& group, const Panel& panel, const KeyBlock& block) {
+  void set(const Problem& problem, const RowGroup& group, const Panel& panel,
+           const KeyBlock& block) {
     for (int l = 0; l < panel.width; ++l) {
       VisibleKeys keys;
       if (l < panel.lanes) keys = visible_keys(problem, *group.item, panel.lane_begin + l);
@@ -125,8 +126,8 @@ inline std::byte* lane_pointer(const Problem& problem, const TensorView& x, cons
 }
 
 /// The row of a key of a block in k or v; null when the item lacks it.
-inline const std::byte* key_pointer(const TensorView& x, const RowGroup& group, const KeyBlock& block,
-                                    int key) {
+inline const std::byte* key_pointer(const TensorView& x, const RowGroup& group,
+                                    const KeyBlock& block, int key) {
   const WorkItem& item = *group.item;
   const std::int64_t row = block.begin + key - item.k_position;
   if (row < 0 || row >= item.k_count) return nullptr;

@@ -2,6 +2,7 @@
 
 #ifdef __linux__
 #include <sched.h>
+#include <sys/mman.h>
 #endif
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include <cerrno>
 #include <cstdlib>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <string>
@@ -83,33 +85,34 @@ void parallel_ranges(std::int64_t count, std::int64_t grain,
   });
 }
 
-namespace {
-
-struct Scratch {
-  static constexpr std::align_val_t kAlignment{64};
-  std::byte* memory = nullptr;
-  std::size_t bytes = 0;
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { release(); }
-  void release() {
-    ::operator delete(memory, kAlignment);
-    memory = nullptr;
-    bytes = 0;
-  }
-};
-
-}  // namespace
+void* allocate_pages(std::int64_t bytes) {
+  constexpr std::int64_t kHugePage = std::int64_t{2} << 20;
+  const bool large = bytes >= kHugePage / 2;
+  if (large) bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  void* memory = std::aligned_alloc(
+      large ? kHugePage : 256,
+      static_cast<std::size_t>((std::max<std::int64_t>(bytes, 1) + 255) / 256 * 256));
+  if (memory == nullptr) throw std::bad_alloc();
+#ifdef __linux__
+  // Advice: without it these are small pages, as right but slower.
+  if (large) (void)madvise(memory, static_cast<std::size_t>(bytes), MADV_HUGEPAGE);
+#endif
+  return memory;
+}
 
 std::byte* thread_scratch(std::size_t bytes) {
-  thread_local Scratch scratch;
-  if (scratch.bytes < bytes) {
-    scratch.release();
-    scratch.memory = static_cast<std::byte*>(::operator new(bytes, Scratch::kAlignment));
-    scratch.bytes = bytes;
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  thread_local std::unique_ptr<void, Free> scratch;
+  thread_local std::size_t size = 0;
+  if (size < bytes) {
+    scratch.reset();
+    size = 0;
+    scratch.reset(allocate_pages(static_cast<std::int64_t>(bytes)));
+    size = bytes;
   }
-  return scratch.memory;
+  return static_cast<std::byte*>(scratch.get());
 }
 
 }  // namespace cpu

@@ -17,6 +17,10 @@ void parallel_for(std::int64_t tasks, const std::function<void(std::int64_t)>& w
 void parallel_ranges(std::int64_t count, std::int64_t grain,
                      const std::function<void(std::int64_t, std::int64_t)>& work);
 
+/// Uninitialised memory aligned to 256 bytes, on huge pages where the system has them and it is
+/// large; std::free releases it.
+void* allocate_pages(std::int64_t bytes);
+
 /// Memory of the calling thread, aligned to 64 bytes and kept for its next call: at least `bytes`,
 /// uninitialised. A later call on the same thread takes it back.
 std::byte* thread_scratch(std::size_t bytes);

@@ -5,10 +5,10 @@
   (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3_DL | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/peak.cpp"
+#include <cstdint>
+
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
-
-#include <cstdint>
 
 HWY_BEFORE_NAMESPACE();
 namespace zigzag::cpu::HWY_NAMESPACE {
@@ -37,12 +37,12 @@ HWY_ATTR double multiply_adds(std::int64_t steps, float* sink) {
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
-#include <time.h>
-
 #include <algorithm>
 #include <chrono>
 #include <thread>
 #include <vector>
+
+#include <time.h>
 
 #include "cpu/target.h"
 

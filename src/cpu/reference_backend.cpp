@@ -49,10 +49,9 @@ Row row_of(const AttendArgs& args, const WorkItem& item, std::int64_t i) {
   const std::int64_t position = item.q_position + i;
   const std::int64_t to_row = item.k_begin - item.k_position;
   const std::int64_t end = item.k_begin + item.k_count;
-  return {item.q_begin + i,
-          std::clamp(args.mask.first_key(position) + to_row, item.k_begin, end),
-          std::clamp(args.mask.end_key(position, item.document_length) + to_row, item.k_begin,
-                     end)};
+  return {
+      item.q_begin + i, std::clamp(args.mask.first_key(position) + to_row, item.k_begin, end),
+      std::clamp(args.mask.end_key(position, item.document_length) + to_row, item.k_begin, end)};
 }
 
 struct Score {
@@ -97,8 +96,7 @@ void attend_row(const AttendArgs& args, const Row& row, std::int64_t head, std::
 void backward_row(const AttendBackwardArgs& args, const Row& row, std::int64_t head,
                   std::int64_t kv_head, std::vector<double>& dk, std::vector<double>& dv) {
   const std::int64_t head_dim = args.q.shape[2];
-  const double lse =
-      args.lse.as<float>()[row.q * args.lse.strides[0] + head * args.lse.strides[1]];
+  const double lse = args.lse.as<float>()[row.q * args.lse.strides[0] + head * args.lse.strides[1]];
   double delta = 0;
   for (std::int64_t c = 0; c < head_dim; ++c) {
     delta += load(args.dout, row.q, head, c) * load(args.out, row.q, head, c);

@@ -30,7 +30,7 @@ VisibleKeys visible_keys(const Problem& problem, const WorkItem& item, std::int6
   const std::int64_t position = item.q_position + lane / problem.group;
   const std::int64_t end_of_keys = item.k_position + item.k_count;
   VisibleKeys keys{std::max(mask.first_key(position), item.k_position),
-                std::min(mask.end_key(position, item.document_length), end_of_keys)};
+                   std::min(mask.end_key(position, item.document_length), end_of_keys)};
   // An empty range stays inside the item's keys, so that ranges of neighbours still grow.
   keys.first = std::min(keys.first, end_of_keys);
   keys.end = std::max(keys.end, keys.first);

@@ -6,11 +6,11 @@
 #define ZIGZAG_CPU_ROWS_INL_H_
 #endif
 
-#include <hwy/highway.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+
+#include <hwy/highway.h>
 
 #include "cpu/kernel.h"
 #include "cpu/matmul-inl.h"
@@ -96,7 +96,8 @@ HWY_INLINE std::int64_t store_vectors(const float*, std::int64_t, T*) {
 HWY_INLINE std::int64_t store_vectors(const float* from, std::int64_t count, float* to) {
   const Floats d;
   std::int64_t c = 0;
-  for (; c + kVectorLanes <= count; c += kVectorLanes) hn::StoreU(hn::LoadU(d, from + c), d, to + c);
+  for (; c + kVectorLanes <= count; c += kVectorLanes)
+    hn::StoreU(hn::LoadU(d, from + c), d, to + c);
   return c;
 }
 HWY_INLINE std::int64_t store_vectors(const float* from, std::int64_t count, hwy::float16_t* to) {
@@ -118,8 +119,7 @@ HWY_INLINE std::int64_t store_vectors(const float* from, std::int64_t count, hwy
     const auto bits = hn::BitCast(du, x);
     const auto top = hn::ShiftRight<16>(bits);
     const auto odd = hn::And(top, hn::Set(du, 1));
-    const auto rounded =
-        hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7fff))));
+    const auto rounded = hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7fff))));
     const auto nan = hn::Or(top, hn::Set(du, 0x40));
     const auto result = hn::IfThenElse(hn::RebindMask(du, hn::Ne(x, x)), nan, rounded);
     // All are below 2^16, so that the signed conversion, which saturates, must not see them whole.

@@ -1,11 +1,11 @@
 #include "cpu/target.h"
 
-#include <hwy/targets.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <string>
+
+#include <hwy/targets.h>
 
 #include "cpu/bf16_support.h"
 #include "zigzag/error.h"

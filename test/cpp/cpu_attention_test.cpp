@@ -61,14 +61,25 @@ AttentionCase make_case(const Shape& shape, DType dtype, Lengths lengths) {
 const std::array kTypes = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 
 TEST_P(CpuTarget, MatchesTheFloat64Reference) {
-  const std::array<Shape, 12> shapes = {{{1, 1, 1}, {8, 8, 8}, {8, 2, 32}, {8, 1, 64}, {5, 5, 33},
-                                         {6, 3, 80}, {2, 1, 96}, {2, 2, 128}, {3, 1, 120},
-                                         {32, 8, 16}, {2, 1, 256}, {1, 1, 255}}};
+  const std::array<Shape, 12> shapes = {{{1, 1, 1},
+                                         {8, 8, 8},
+                                         {8, 2, 32},
+                                         {8, 1, 64},
+                                         {5, 5, 33},
+                                         {6, 3, 80},
+                                         {2, 1, 96},
+                                         {2, 2, 128},
+                                         {3, 1, 120},
+                                         {32, 8, 16},
+                                         {2, 1, 256},
+                                         {1, 1, 255}}};
   int number = 0;
   for (const Shape& shape : shapes) {
     for (const DType dtype : kTypes) {
+      // Every shape in float32, every other one in each 16-bit type.
+      if (number++ % 2 == 1 && dtype != DType::kFloat32) continue;
       AttentionCase problem = make_case(shape, dtype, {0, 1, 2, 129, 31, 64, 150});
-      problem.storage = static_cast<Storage>(number++ % 4);
+      problem.storage = static_cast<Storage>(number % 4);
       problem.options.mask.causal = number % 3 != 0;
       const AttentionResult result = run_case(problem, 1);
       expect_exact_attention(problem, result, run_reference(problem), result);
@@ -135,8 +146,8 @@ TEST_P(CpuTarget, SpecialValuesStayWhereTheyAreSeen) {
     AttentionCase problem = make_case({2, 1, 24}, dtype, {240});
     const AttentionResult clean = run_case(problem, 1);
     for (const Input which : {Input::kQ, Input::kK, Input::kV, Input::kDout}) {
-      for (const double value : {std::numeric_limits<double>::quiet_NaN(),
-                                 std::numeric_limits<double>::infinity()}) {
+      for (const double value :
+           {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
         problem.edit = [=](Input input, int64_t token, int64_t, int64_t c, double drawn) {
           return input == which && token == kToken && c == 3 ? value : drawn;
         };
@@ -167,7 +178,9 @@ TEST_P(CpuTarget, SpecialValuesStayWhereTheyAreSeen) {
         EXPECT_FALSE(finite(result.dq, kToken)) << what;
         // An infinite key times a negative query has weight 0, so those rows may be finite.
         if (which == Input::kK && std::isinf(value)) continue;
-        if (which != Input::kDout) EXPECT_FALSE(finite(result.out, kToken)) << what;
+        if (which != Input::kDout) {
+          EXPECT_FALSE(finite(result.out, kToken)) << what;
+        }
         EXPECT_EQ(finite(result.out, 239), from_query) << what;
       }
     }
@@ -214,7 +227,7 @@ TEST_P(CpuTarget, RowsThatSeeNothing) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Targets, CpuTarget, testing::ValuesIn(cpu::supported_targets()),
-                         [](const auto& info) { return std::string(target_name(info.param)); });
+                         [](const auto& test) { return std::string(target_name(test.param)); });
 
 TEST(CpuBackend, RoundsGradientsOnce) {
   // 16-bit gradients are the float32 sums, rounded.

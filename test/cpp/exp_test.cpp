@@ -42,7 +42,8 @@ class Elementwise : public testing::TestWithParam<Target> {
 TEST_P(Elementwise, Exp2IsWithinItsBoundOverItsWholeRange) {
   double worst = 0;
   float at = 0;
-  for (const auto& [low, high] : {std::pair{0.0f, 0.0f}, std::pair{1e-38f, 1e-3f}, {1e-3f, 160.0f}}) {
+  for (const auto& [low, high] :
+       {std::pair{0.0f, 0.0f}, std::pair{1e-38f, 1e-3f}, {1e-3f, 160.0f}}) {
     // Below 1e-3 the result is 1 + x ln 2: a thousandth of the samples shows it.
     std::vector<float> x = samples(low, high);
     if (high == 1e-3f) {
@@ -108,7 +109,7 @@ TEST_P(Elementwise, TanhIsWithinItsBoundOverItsWholeRange) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Targets, Elementwise, testing::ValuesIn(supported_targets()),
-                         [](const auto& info) { return std::string(target_name(info.param)); });
+                         [](const auto& test) { return std::string(target_name(test.param)); });
 
 }  // namespace
 }  // namespace zigzag::cpu
