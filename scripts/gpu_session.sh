@@ -50,6 +50,8 @@ for what in "$@"; do
       ;;
     ranks)
       part bench_peer 120 "${carry}/gpu_bench" --json "${OUT}/bench_peer.json" peer
+      part bench_engine 60 env ZIGZAG_PEER_COPY=engine "${carry}/gpu_bench" peer
+      part bench_kernel 60 env ZIGZAG_PEER_COPY=kernel "${carry}/gpu_bench" peer
       part bench_nccl 120 "${carry}/gpu_bench" --json "${OUT}/bench_nccl.json" nccl
       ;;
     real)

@@ -88,13 +88,14 @@ void bench_layout(nlohmann::json& report) {
     const std::vector<int64_t> all_chunks(entry.lengths.size(), 2 * kRanks);
     const double whole_bytes =
         2.0 * static_cast<double>(tokens * entry.heads * entry.head_dim) * 2.0;
-    const double copy_rate = device_copy_rate(
-        std::max<int64_t>(tokens * entry.heads * entry.head_dim * 2, 1), stream.get());
     const auto measure = [&](const char* name, double bytes,
                              const std::function<void(std::size_t)>& call) {
       const Timing timing = time_calls(stream.get(), 10, 100,
                                        [&](int i) { call(static_cast<std::size_t>(i % kSets)); });
       const double rate = bytes / timing.median / 1e9;
+      // A copy that moves as many bytes.
+      const double copy_rate =
+          device_copy_rate(std::max<int64_t>(static_cast<int64_t>(bytes / 2), 16), stream.get());
       nlohmann::json line = timing.json();
       line["tb_per_s"] = rate;
       line["copy_tb_per_s"] = copy_rate;
