@@ -1,7 +1,7 @@
-#include <nanobind/stl/vector.h>
-
 #include <cstring>
 #include <memory>
+
+#include <nanobind/stl/vector.h>
 
 #include "comm/agree.h"
 #include "run.h"
@@ -106,12 +106,13 @@ void bind_communicator(nb::module_& module) {
       .def("barrier",
            [](const Communicator& self) { run_operation([self] { self.barrier(); }, self); })
       .def("all_gather", &all_gather, nb::arg("data"))
-      .def("abort",
-           [](const Communicator& self, const std::string& reason) {
-             const nb::gil_scoped_release release;
-             self.abort(reason);
-           },
-           nb::arg("reason"));
+      .def(
+          "abort",
+          [](const Communicator& self, const std::string& reason) {
+            const nb::gil_scoped_release release;
+            self.abort(reason);
+          },
+          nb::arg("reason"));
   module.def("refuse", &refuse, nb::arg("communicator"), nb::arg("message"));
   module.def("timeout_seconds", &timeout_seconds);
 }

@@ -1,8 +1,8 @@
-#include <nanobind/stl/tuple.h>
-#include <nanobind/stl/vector.h>
-
 #include <exception>
 #include <tuple>
+
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include "tensor.h"
 

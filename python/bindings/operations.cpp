@@ -1,9 +1,9 @@
-#include <nanobind/stl/pair.h>
-#include <nanobind/stl/vector.h>
-
 #include <span>
 #include <utility>
 #include <vector>
+
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/vector.h>
 
 #include "run.h"
 
@@ -39,9 +39,7 @@ void run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Plan& 
                  const Communicator& communicator, const AttentionOptions& options,
                  const Tensor& out, const Tensor& lse) {
   run_operation(
-      [=] {
-        forward(q.view, k.view, v.view, plan, communicator, options, out.view, lse.view);
-      },
+      [=] { forward(q.view, k.view, v.view, plan, communicator, options, out.view, lse.view); },
       communicator);
 }
 
@@ -51,8 +49,8 @@ void run_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Te
                   const Tensor& dq, const Tensor& dk, const Tensor& dv) {
   run_operation(
       [=] {
-        backward(dout.view, q.view, k.view, v.view, out.view, lse.view, plan, communicator,
-                 options, dq.view, dk.view, dv.view);
+        backward(dout.view, q.view, k.view, v.view, out.view, lse.view, plan, communicator, options,
+                 dq.view, dk.view, dv.view);
       },
       communicator);
 }
@@ -140,8 +138,7 @@ void bind_layout(nb::module_& module) {
       [](const Tensor& gathered, const Plan& plan, const IndexInput& prefix_chunks,
          const Tensor& out, const KernelsName& kernels, std::uintptr_t stream) {
         const nb::gil_scoped_release release;
-        extract(gathered.view, plan, span_of(prefix_chunks), out.view,
-                operation(kernels, stream));
+        extract(gathered.view, plan, span_of(prefix_chunks), out.view, operation(kernels, stream));
       },
       nb::arg("gathered"), nb::arg("plan"), nb::arg("prefix_chunks"), nb::arg("out"),
       kernels_argument, stream_argument);
@@ -165,9 +162,9 @@ void bind_layout(nb::module_& module) {
 }  // namespace
 
 void bind_operations(nb::module_& module) {
-  module.def("set_default_kernels",
-             [](const KernelsName& name) { set_default_kernels(to_kernels(name)); },
-             nb::arg("name").none());
+  module.def(
+      "set_default_kernels", [](const KernelsName& name) { set_default_kernels(to_kernels(name)); },
+      nb::arg("name").none());
   module.def("default_kernels", [] { return std::string(kernels_name(default_kernels())); });
   module.def("num_threads", &num_threads);
   bind_attention(module);

@@ -1,9 +1,9 @@
+#include <span>
+#include <tuple>
+
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
-
-#include <span>
-#include <tuple>
 
 #include "tensor.h"
 
@@ -43,12 +43,13 @@ void bind_plan(nb::module_& module) {
       .def_prop_ro("total_tokens", &Plan::total_tokens)
       .def_prop_ro("num_documents", &Plan::num_documents)
       .def_prop_ro("num_chunks", &Plan::num_chunks)
-      .def_prop_ro("cu_seqlens",
-                   [](const Plan& plan) {
-                     const auto values = plan.cu_seqlens();
-                     return to_array({values.begin(), values.end()});
-                   },
-                   nb::rv_policy::move)
+      .def_prop_ro(
+          "cu_seqlens",
+          [](const Plan& plan) {
+            const auto values = plan.cu_seqlens();
+            return to_array({values.begin(), values.end()});
+          },
+          nb::rv_policy::move)
       .def_prop_ro("fingerprint", &Plan::fingerprint)
       .def("document_length", &Plan::document_length, nb::arg("document"))
       .def(

@@ -1,9 +1,9 @@
 #include "tensor.h"
 
+#include <memory>
+
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
-
-#include <memory>
 
 namespace zigzag::python {
 namespace {
@@ -104,7 +104,8 @@ void bind_tensor(nb::module_& module) {
       .def(nb::init<nb::ndarray<nb::ro>, const std::optional<std::string>&>(), nb::arg("array"),
            nb::arg("dtype").none() = nb::none())
       .def_prop_ro("shape", [](const Tensor& self) { return self.view.shape; })
-      .def_prop_ro("dtype", [](const Tensor& self) { return std::string(dtype_name(self.view.dtype)); })
+      .def_prop_ro("dtype",
+                   [](const Tensor& self) { return std::string(dtype_name(self.view.dtype)); })
       .def_prop_ro("device", [](const Tensor& self) { return device_name(self.view.device); });
 }
 
