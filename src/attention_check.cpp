@@ -1,6 +1,7 @@
 #include "attention_check.h"
 
 #include <cmath>
+#include <sstream>
 
 #include "zigzag/error.h"
 
@@ -11,6 +12,17 @@ namespace {
 using std::int64_t;
 
 std::string text(int64_t value) { return std::to_string(value); }
+
+/// The range of softmax_scale and softcap.
+constexpr double kSmallestFactor = 1e-30;
+constexpr double kLargestFactor = 1e30;
+
+/// "1e+300", where std::to_string would print 300 digits.
+std::string number_text(double value) {
+  std::ostringstream stream;
+  stream << value;
+  return stream.str();
+}
 
 /// A tensor with the name that messages use.
 struct Named {
@@ -29,7 +41,9 @@ void check_dims(const Named& tensor, std::size_t dims, const char* expected) {
 }
 
 void check_last_stride(const Named& tensor) {
-  if (tensor.view.shape.back() > 1 && tensor.view.strides.back() != 1) {
+  // Arrays without elements come with any strides.
+  if (tensor.view.num_elements() > 0 && tensor.view.shape.back() > 1 &&
+      tensor.view.strides.back() != 1) {
     throw InvalidArgument("the last stride of " + std::string(tensor.name) + " is " +
                           text(tensor.view.strides.back()) +
                           "; it must be 1 (make the tensor contiguous along head_dim)");
@@ -119,13 +133,18 @@ void check_options(const AttentionOptions& options, int64_t kv_heads) {
   };
   check_window("window_left", options.mask.window_left);
   check_window("window_right", options.mask.window_right);
-  if (options.softmax_scale && !std::isfinite(*options.softmax_scale)) {
-    throw InvalidArgument("softmax_scale is " + std::to_string(*options.softmax_scale) +
-                          "; it must be a finite number");
+  // Scores are float32: beyond this range they would all be 0, infinite or NaN.
+  const auto fits = [](double value) {
+    return std::isfinite(value) && std::abs(value) >= kSmallestFactor &&
+           std::abs(value) <= kLargestFactor;
+  };
+  if (options.softmax_scale && *options.softmax_scale != 0 && !fits(*options.softmax_scale)) {
+    throw InvalidArgument("softmax_scale is " + number_text(*options.softmax_scale) +
+                          "; it must be 0 or of a size from 1e-30 to 1e30");
   }
-  if (!std::isfinite(options.softcap) || options.softcap < 0) {
-    throw InvalidArgument("softcap is " + std::to_string(options.softcap) +
-                          "; it must be 0 (none) or a positive number");
+  if (options.softcap != 0 && (!fits(options.softcap) || options.softcap < 0)) {
+    throw InvalidArgument("softcap is " + number_text(options.softcap) +
+                          "; it must be 0 (none) or 1e-30 to 1e30");
   }
   const int64_t stage = options.kv_heads_per_stage;
   if (stage < 0 || (stage > 0 && kv_heads % stage != 0)) {

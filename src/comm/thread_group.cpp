@@ -48,6 +48,12 @@ void ThreadGroup::meet(int rank, const Offer& offer) {
   const auto self = static_cast<std::size_t>(rank);
   std::unique_lock lock(mutex_);
   if (failure_) throw_failure(rank, offer, false);
+  if (here_[self] != 0) {
+    throw CommunicationError(
+        fmt::format("rank {} came to {} while another thread waits in {} with the communicator of "
+                    "the same rank; one thread at a time may use it",
+                    rank, step_text(offer.step), step_text(offers_[self].step)));
+  }
   const std::uint64_t meeting = meetings_;
   offers_[self] = offer;
   here_[self] = 1;
