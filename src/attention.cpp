@@ -86,6 +86,7 @@ class Schedule {
 
   void forward(const TensorView& out, const TensorView& lse) {
     gather(0);
+    join_exchange();
     for (int stage = 0; stage < stages_; ++stage) {
       gather_next(stage);
       AttendArgs args;
@@ -103,20 +104,34 @@ class Schedule {
     for (int slot = 0; slot < slots_ && !alone(); ++slot) {
       partials.push_back({gathered_buffer(DType::kFloat32), gathered_buffer(DType::kFloat32)});
     }
-    gather(0);
-    for (int stage = 0; stage < stages_; ++stage) {
-      gather_next(stage);
+    const auto arguments = [&](int stage) {
       AttendBackwardArgs args;
       fill(args, stage);
       args.dout = q_heads(dout, stage);
       args.out = q_heads(out, stage);
       args.lse = q_heads(lse, stage);
       args.dq = q_heads(dq, stage);
+      return args;
+    };
+    const auto start_early = [&](int stage) {
+      if (alone() || stage >= stages_) return;
+      AttendBackwardArgs args = arguments(stage);
+      args.k = kv_heads(k_, stage);
+      args.v = kv_heads(v_, stage);
+      backend_->attend_backward_early(args);
+    };
+    gather(0);
+    start_early(0);
+    join_exchange();
+    for (int stage = 0; stage < stages_; ++stage) {
+      gather_next(stage);
+      AttendBackwardArgs args = arguments(stage);
       // A rank alone has no partials: its sums are the gradients.
       const Pair* partial = alone() ? nullptr : &partials[static_cast<std::size_t>(stage % slots_)];
       args.dk = partial == nullptr ? dk : partial->k.view;
       args.dv = partial == nullptr ? dv : partial->v.view;
       backend_->attend_backward(args);
+      start_early(stage + 1);
       await_gather(stage + 1);
       if (partial == nullptr) continue;
       backend_->order(backend_->compute_queue(), backend_->exchange_queue());
@@ -125,7 +140,7 @@ class Schedule {
       transport_.reduce(sources, destinations, table_, {"reduction of dK and dV", stage, stages_},
                         backend_->exchange_queue());
     }
-    if (!alone()) backend_->order(backend_->exchange_queue(), backend_->compute_queue());
+    join_exchange();
   }
 
  private:
@@ -170,7 +185,11 @@ class Schedule {
     const TensorView destinations[] = {slot.k.view, slot.v.view};
     transport_.gather(sources, destinations, table_, {"gather of K and V", stage, stages_},
                       backend_->exchange_queue());
-    if (stage == 0) backend_->order(backend_->exchange_queue(), backend_->compute_queue());
+  }
+
+  /// Makes attention that is given from here on wait for the exchanges given so far.
+  void join_exchange() {
+    if (!alone()) backend_->order(backend_->exchange_queue(), backend_->compute_queue());
   }
 
   /// Where two slots allow it, starts the next gather before this stage's attention.
@@ -183,7 +202,7 @@ class Schedule {
   void await_gather(int stage) {
     if (alone() || stage >= stages_) return;
     if (slots_ == 1) gather(stage);
-    backend_->order(backend_->exchange_queue(), backend_->compute_queue());
+    join_exchange();
   }
 
   void fill(AttendArgs& args, int stage) const {

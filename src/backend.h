@@ -65,6 +65,11 @@ class Backend {
   virtual Buffer allocate(std::int64_t bytes) = 0;
   virtual void attend(const AttendArgs& args) = 0;
   virtual void attend_backward(const AttendBackwardArgs& args) = 0;
+  /// Called before attend_backward of a stage, while its gather may still be under way, with the
+  /// same arguments except that k and v are this rank's own rows [local_tokens, kv_heads, head_dim]
+  /// and dk and dv are not set. A backend may give the part of the work here that needs no more;
+  /// attend_backward then does the rest. Only for a rank that is not alone.
+  virtual void attend_backward_early(const AttendBackwardArgs& /*args*/) {}
 };
 
 /// src/cpu: the fast kernels, and their plain twins.

@@ -22,8 +22,9 @@ using cuda::check;
 enum List : std::uint64_t { kOwn = 1, kPull, kPackPartials, kSum };
 
 /// Copies shorter than this on average go through a kernel, longer ones through the copy engines,
-/// which take no multiprocessor (measured: gpu.md's table; ZIGZAG_PEER_COPY decides otherwise).
-constexpr std::int64_t kEngineBytes = std::int64_t{128} << 10;
+/// which take no multiprocessor. With copies of 0.2 to 8 MiB the kernel was 1-4% faster end to end
+/// (docs/gpu.md; ZIGZAG_PEER_COPY decides otherwise).
+constexpr std::int64_t kEngineBytes = std::int64_t{16} << 20;
 constexpr std::int64_t kMaxEngineCopies = 256;
 
 constexpr std::int64_t kAlignment = 256;

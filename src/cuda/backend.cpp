@@ -75,11 +75,23 @@ class CudaBackend final : public Backend {
     fma_attend(args, stream_);
   }
 
+  void attend_backward_early(const AttendBackwardArgs& args) override {
+    begun_.reset();
+    if (args.q.num_elements() == 0) return;
+    std::string why;
+    if (CudnnEngine* engine = cudnn()) {
+      begun_ = CudnnBackward::begin(*engine, args, true, stream_, why);
+    }
+  }
+
   void attend_backward(const AttendBackwardArgs& args) override {
     std::string why;
-    if (CudnnEngine* engine = args.q.num_elements() == 0 ? nullptr : cudnn()) {
-      if (cudnn_backward(*engine, args, stream_, why)) return;
+    CudnnEngine* engine = args.q.num_elements() == 0 ? nullptr : cudnn();
+    std::unique_ptr<CudnnBackward> backward = std::move(begun_);
+    if (backward == nullptr && engine != nullptr) {
+      backward = CudnnBackward::begin(*engine, args, false, stream_, why);
     }
+    if (backward != nullptr && backward->finish(args, why)) return;
     fma_attend_backward(args, stream_);
   }
 
@@ -94,6 +106,7 @@ class CudaBackend final : public Backend {
   Kernels kernels_;
   cudaStream_t stream_;
   std::shared_ptr<CudnnEngine> engine_;
+  std::unique_ptr<CudnnBackward> begun_;
 };
 
 }  // namespace

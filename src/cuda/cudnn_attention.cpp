@@ -111,11 +111,12 @@ struct PartSteps {
 class LaunchArrays {
  public:
   LaunchArrays(DeviceState& device, const TableKey& key, const Launch& launch,
-               const CudnnShape& shape, const PartSteps& steps, bool keys_in_place,
+               const CudnnShape& shape, const PartSteps& steps, bool keys_in_place, bool own_rows,
                cudaStream_t stream)
       : batch_(shape.batch),
-        use_(device.table(key, [&] { return build(launch, shape, steps, keys_in_place); }),
-             stream) {}
+        use_(
+            device.table(key, [&] { return build(launch, shape, steps, keys_in_place, own_rows); }),
+            stream) {}
 
   void fill(CudnnArrays& arrays) const {
     arrays.q_offsets = offsets(0);
@@ -138,7 +139,7 @@ class LaunchArrays {
   }
 
   static std::vector<std::byte> build(const Launch& launch, const CudnnShape& shape,
-                                      const PartSteps& steps, bool keys_in_place) {
+                                      const PartSteps& steps, bool keys_in_place, bool own_rows) {
     const auto batch = static_cast<std::size_t>(shape.batch);
     const auto parts = static_cast<std::size_t>(steps.parts);
     const std::size_t live = launch.items.size() * parts;
@@ -149,9 +150,11 @@ class LaunchArrays {
       const LaunchItem& item = launch.items[i < live ? i / parts : 0];
       const auto part = static_cast<int64_t>(i < live ? i % parts : 0);
       const int64_t dk_begin = keys_in_place ? item.k_begin : item.dk_begin;
+      // A diagonal block's keys are the tokens of its queries.
+      const int64_t k_begin = own_rows ? item.q_begin : item.k_begin;
       const int64_t values[kArrays] = {item.q_begin * shape.q_row + part * steps.q,
-                                       item.k_begin * shape.k_row + part * steps.k,
-                                       item.k_begin * shape.v_row + part * steps.v,
+                                       k_begin * shape.k_row + part * steps.k,
+                                       k_begin * shape.v_row + part * steps.v,
                                        item.q_begin * shape.out_row + part * steps.out,
                                        item.q_begin * shape.lse_row + part * steps.lse,
                                        item.q_begin * shape.dout_row + part * steps.dout,
@@ -239,7 +242,8 @@ bool cudnn_forward(CudnnEngine& engine, const AttendArgs& args, void* stream_poi
   for (std::size_t i = 0; i < launches.size(); ++i) {
     const Prepared& prepared = launches[i];
     const TableKey key = arrays_key(pack_key(args), kForwardArrays, i, prepared.shape, 1, 0);
-    const LaunchArrays tables(device, key, *prepared.launch, prepared.shape, {}, false, stream);
+    const LaunchArrays tables(device, key, *prepared.launch, prepared.shape, {}, false, false,
+                              stream);
     CudnnArrays arrays;
     tables.fill(arrays);
     set_pointers(arrays, args);
@@ -248,84 +252,89 @@ bool cudnn_forward(CudnnEngine& engine, const AttendArgs& args, void* stream_poi
   return true;
 }
 
-bool cudnn_backward(CudnnEngine& engine, const AttendBackwardArgs& given, void* stream_pointer,
-                    std::string& why) {
-  if (!fits(given, why)) return false;
-  if (!aligned(given.dout)) {
-    why = "cuDNN wants rows and heads of dout that start at multiples of 16 bytes";
-    return false;
+struct CudnnBackward::State {
+  State(CudnnEngine& used_engine, const AttendBackwardArgs& given, bool rows_are_own,
+        cudaStream_t used_stream)
+      : engine(used_engine),
+        args(given),
+        own_rows(rows_are_own),
+        stream(used_stream),
+        device(DeviceState::get(given.q.device.index)),
+        lists(backward_launches(given, given.deterministic)),
+        heads(given.q.shape[1]),
+        kv_heads(given.k.shape[1]),
+        head_dim(given.q.shape[2]),
+        q_bytes(given.q.shape[0] * heads * head_dim * item_size(given.q.dtype)) {
+    // One launch that owns every row writes the gradients themselves; otherwise their parts are
+    // summed afterwards.
+    direct_q = lists->one_layer && aligned(args.dq) && dense(args.dq);
+    direct_k = !own_rows && lists->covers_keys && args.dk.dtype == args.q.dtype && dense(args.dk) &&
+               dense(args.dv) && aligned(args.dk) && aligned(args.dv);
+    // cuDNN sums a group's heads in the tensors' own type. Where parts are summed anyway, each
+    // query head's dk and dv are kept apart (its K/V head is read by all of the group, stride 0),
+    // so that no such rounding happens.
+    group = direct_k ? 1 : heads / kv_heads;
+    parts = group > 1 ? kv_heads : 1;
   }
-  AttendBackwardArgs args = given;
-  const int64_t heads = args.q.shape[1];
-  const int64_t kv_heads = args.k.shape[1];
-  const int64_t head_dim = args.q.shape[2];
-  const int64_t rows = args.q.shape[0];
-  const int64_t size = item_size(args.q.dtype);
-  const bool q_is_dense = dense(args.q);
 
-  const auto lists = backward_launches(args, args.k.shape[0], args.deterministic);
-  // One launch that owns every row writes the gradients themselves; otherwise their parts are
-  // summed afterwards.
-  const bool direct_q = lists->one_layer && aligned(args.dq) && dense(args.dq);
-  const bool direct_k = lists->covers_keys && args.dk.dtype == args.q.dtype && dense(args.dk) &&
-                        dense(args.dv) && aligned(args.dk) && aligned(args.dv);
-  // cuDNN sums a group's heads in the tensors' own type. Where parts are summed anyway, each query
-  // head's dk and dv are kept apart (its K/V head is read by all of the group, stride 0), so that
-  // no such rounding happens.
-  const int64_t group = direct_k ? 1 : heads / kv_heads;
-  const int64_t parts = group > 1 ? kv_heads : 1;
+  std::unique_ptr<Scratch> scratch(int64_t bytes) const {
+    return std::make_unique<Scratch>(device, bytes, stream);
+  }
+  std::int64_t dk_row() const { return (group > 1 ? heads : kv_heads) * head_dim; }
+  void* layer(int index) const {
+    return direct_q ? args.dq.data : dq_layers->as<char>() + index * q_bytes;
+  }
 
-  std::vector<Prepared> launches;
+  bool prepare(bool diagonals, std::vector<Prepared>& launches, int64_t& workspace,
+               std::string& why) const;
+  void run(const std::vector<Prepared>& launches, int64_t workspace) const;
+
+  CudnnEngine& engine;
+  AttendBackwardArgs args;
+  bool own_rows;
+  cudaStream_t stream;
+  DeviceState& device;
+  std::shared_ptr<const BackwardLaunches> lists;
+  int64_t heads, kv_heads, head_dim, q_bytes;
+  bool direct_q = false;
+  bool direct_k = false;
+  int64_t group = 1;
+  int64_t parts = 1;
+  std::unique_ptr<Scratch> packed_q, dq_layers;
+  std::unique_ptr<Scratch> dk_diagonal, dv_diagonal, dk_rectangle, dv_rectangle;
+};
+
+/// Plans for the diagonal blocks or for the rectangles.
+bool CudnnBackward::State::prepare(bool diagonals, std::vector<Prepared>& launches,
+                                   int64_t& workspace, std::string& why) const {
   for (const Launch& launch : lists->launches) {
+    if ((launch.layer == 0) != diagonals) continue;
     CudnnShape shape = base_shape(args);
     set_launch(shape, launch, parts, direct_q && direct_k && dense_length(lists->equal_length));
     shape.backward = true;
     shape.deterministic = args.deterministic;
-    shape.q_row = heads * head_dim;
-    shape.q_head = head_dim;
-    shape.dq_row = shape.q_row;
-    shape.dq_head = shape.q_head;
+    shape.q_row = shape.dq_row = heads * head_dim;
+    shape.q_head = shape.dq_head = head_dim;
     shape.dout_row = args.dout.strides[0];
     shape.dout_head = args.dout.strides[1];
-    shape.dk_row = (group > 1 ? heads : kv_heads) * head_dim;
+    shape.dk_row = dk_row();
     if (group > 1) {
       shape.heads = shape.kv_heads = group;
       shape.k_head = shape.v_head = 0;
     }
     // cuDNN addresses its scratch by the offsets of lse, dq, dk and dv.
     if (!shape.dense) {
-      shape.total_q = bucket(rows);
-      shape.total_k = bucket(direct_k            ? args.k.shape[0]
-                             : launch.layer == 0 ? lists->diagonal_k
-                                                 : lists->rectangle_k);
+      shape.total_q = bucket(args.q.shape[0]);
+      shape.total_k = bucket(direct_k    ? args.k.shape[0]
+                             : diagonals ? lists->diagonal_k
+                                         : lists->rectangle_k);
     }
     launches.push_back({&launch, shape});
   }
-  int64_t bytes = 0;
-  if (!prepare_all(engine, launches, bytes, why)) return false;
+  return prepare_all(engine, launches, workspace, why);
+}
 
-  const cudaStream_t stream = as_stream(stream_pointer);
-  DeviceState& device = DeviceState::get(args.q.device.index);
-  const int64_t q_bytes = rows * heads * head_dim * size;
-  // dq takes the layout of q (see LaunchItem), so q must not have gaps.
-  const Scratch packed_q(device, q_is_dense ? 0 : q_bytes, stream);
-  if (!q_is_dense) {
-    const TensorView copy =
-        TensorView::contiguous(packed_q.data(), args.q.dtype, args.q.shape, args.q.device);
-    const Segment whole[] = {{0, 0, 0, rows}};
-    copy_rows(args.q, copy, whole, 0, stream);
-    args.q = copy;
-  }
-  const Scratch workspace(device, bytes, stream);
-  const Scratch dq_layers(device, direct_q ? 0 : lists->layers * q_bytes, stream);
-  const int64_t k_row_bytes = (group > 1 ? heads : kv_heads) * head_dim * size;
-  const int64_t diagonal_bytes = direct_k ? 0 : lists->diagonal_k * k_row_bytes;
-  const int64_t rectangle_bytes = direct_k ? 0 : lists->rectangle_k * k_row_bytes;
-  const Scratch dk_diagonal(device, diagonal_bytes, stream);
-  const Scratch dv_diagonal(device, diagonal_bytes, stream);
-  const Scratch dk_rectangle(device, rectangle_bytes, stream);
-  const Scratch dv_rectangle(device, rectangle_bytes, stream);
-
+void CudnnBackward::State::run(const std::vector<Prepared>& launches, int64_t bytes) const {
   PartSteps steps;
   if (parts > 1) {
     steps = {parts,
@@ -338,46 +347,100 @@ bool cudnn_backward(CudnnEngine& engine, const AttendBackwardArgs& given, void* 
              group * head_dim,
              group * head_dim};
   }
-  const auto layer_data = [&](int layer) {
-    return static_cast<void*>(dq_layers.as<char>() + layer * q_bytes);
-  };
+  const Scratch workspace(device, bytes, stream);
   for (std::size_t i = 0; i < launches.size(); ++i) {
     const Prepared& prepared = launches[i];
-    const int layer = prepared.launch->layer;
-    const int64_t variant = (direct_k ? 1 : 0) + (args.deterministic ? 2 : 0);
+    const bool diagonal = prepared.launch->layer == 0;
+    const bool own = own_rows && diagonal;
+    const int64_t variant =
+        (direct_k ? 1 : 0) + (args.deterministic ? 2 : 0) + (own ? 4 : 0) + (diagonal ? 8 : 0);
     const TableKey key =
         arrays_key(pack_key(args), kBackwardArrays, i, prepared.shape, parts, variant);
-    const LaunchArrays tables(device, key, *prepared.launch, prepared.shape, steps, direct_k,
+    const LaunchArrays tables(device, key, *prepared.launch, prepared.shape, steps, direct_k, own,
                               stream);
     CudnnArrays arrays;
     tables.fill(arrays);
     set_pointers(arrays, args);
     arrays.dout = args.dout.data;
-    arrays.dq = direct_q ? args.dq.data : layer_data(layer);
-    arrays.dk = direct_k ? args.dk.data : (layer == 0 ? dk_diagonal : dk_rectangle).data();
-    arrays.dv = direct_k ? args.dv.data : (layer == 0 ? dv_diagonal : dv_rectangle).data();
+    arrays.dq = layer(prepared.launch->layer);
+    arrays.dk = direct_k ? args.dk.data : (diagonal ? dk_diagonal : dk_rectangle)->data();
+    arrays.dv = direct_k ? args.dv.data : (diagonal ? dv_diagonal : dv_rectangle)->data();
     engine.run(prepared.shape, arrays, workspace.data(), stream);
   }
+}
+
+CudnnBackward::CudnnBackward(std::unique_ptr<State> state) : state_(std::move(state)) {}
+CudnnBackward::~CudnnBackward() = default;
+
+std::unique_ptr<CudnnBackward> CudnnBackward::begin(CudnnEngine& engine,
+                                                    const AttendBackwardArgs& args, bool own_rows,
+                                                    void* stream, std::string& why) {
+  if (!fits(args, why)) return nullptr;
+  if (!aligned(args.dout)) {
+    why = "cuDNN wants rows and heads of dout that start at multiples of 16 bytes";
+    return nullptr;
+  }
+  auto state = std::make_unique<State>(engine, args, own_rows, as_stream(stream));
+  std::vector<Prepared> launches;
+  int64_t workspace = 0;
+  if (!state->prepare(true, launches, workspace, why)) return nullptr;
+  // dq takes the layout of q (see LaunchItem), so q must not have gaps.
+  if (!dense(args.q)) {
+    state->packed_q = state->scratch(state->q_bytes);
+    const TensorView copy =
+        TensorView::contiguous(state->packed_q->data(), args.q.dtype, args.q.shape, args.q.device);
+    const Segment whole[] = {{0, 0, 0, args.q.shape[0]}};
+    copy_rows(args.q, copy, whole, 0, stream);
+    state->args.q = copy;
+  }
+  if (!state->direct_q) {
+    state->dq_layers = state->scratch(state->lists->layers * state->q_bytes);
+  }
+  const int64_t bytes =
+      state->direct_k ? 0 : state->lists->diagonal_k * state->dk_row() * item_size(args.q.dtype);
+  state->dk_diagonal = state->scratch(bytes);
+  state->dv_diagonal = state->scratch(bytes);
+  state->run(launches, workspace);
+  return std::unique_ptr<CudnnBackward>(new CudnnBackward(std::move(state)));
+}
+
+bool CudnnBackward::finish(const AttendBackwardArgs& given, std::string& why) {
+  State& state = *state_;
+  state.args.k = given.k;
+  state.args.v = given.v;
+  state.args.dk = given.dk;
+  state.args.dv = given.dv;
+  const AttendBackwardArgs& args = state.args;
+  if (!fits(args, why)) return false;
+  std::vector<Prepared> launches;
+  int64_t workspace = 0;
+  if (!state.prepare(false, launches, workspace, why)) return false;
+  const int64_t bytes =
+      state.direct_k ? 0 : state.lists->rectangle_k * state.dk_row() * item_size(args.q.dtype);
+  state.dk_rectangle = state.scratch(bytes);
+  state.dv_rectangle = state.scratch(bytes);
+  state.run(launches, workspace);
 
   TableKey key = pack_key(args);
   key.detail = mix(key.detail, args.deterministic ? 1 : 0);
-  if (!direct_q) {
+  if (!state.direct_q) {
     std::vector<const void*> sources;
-    for (int layer = 0; layer < lists->layers; ++layer) sources.push_back(layer_data(layer));
+    for (int i = 0; i < state.lists->layers; ++i) sources.push_back(state.layer(i));
     key.kind = kDqSums;
     sum_rows(
-        sources, args.q.dtype, 1, args.dq, key, [&] { return lists->dq; }, stream);
+        sources, args.q.dtype, 1, args.dq, key, [&] { return state.lists->dq; }, state.stream);
   }
-  if (!direct_k) {
+  if (!state.direct_k) {
     key.kind = kDkvSums;
     const auto sum = [&](const TensorView& destination, const Scratch& diagonal,
                          const Scratch& rectangle) {
       const void* const sources[] = {diagonal.data(), rectangle.data()};
       sum_rows(
-          sources, args.q.dtype, group, destination, key, [&] { return lists->dkv; }, stream);
+          sources, args.q.dtype, state.group, destination, key, [&] { return state.lists->dkv; },
+          state.stream);
     };
-    sum(args.dk, dk_diagonal, dk_rectangle);
-    sum(args.dv, dv_diagonal, dv_rectangle);
+    sum(args.dk, *state.dk_diagonal, *state.dk_rectangle);
+    sum(args.dv, *state.dv_diagonal, *state.dv_rectangle);
   }
   return true;
 }

@@ -162,7 +162,8 @@ std::vector<std::vector<Rectangle>> in_layers(const std::vector<Rectangle>& item
   return layers;
 }
 
-BackwardLaunches make_backward(const AttendArgs& args, int64_t gathered_rows, bool separate) {
+BackwardLaunches make_backward(const AttendArgs& args, bool separate) {
+  const int64_t gathered_rows = args.plan->gathered_tokens(args.rank, args.mask);
   std::vector<Rectangle> rectangles;
   std::vector<Rectangle> diagonals;
   if (args.mask.causal) {
@@ -187,6 +188,7 @@ BackwardLaunches make_backward(const AttendArgs& args, int64_t gathered_rows, bo
     }
   }
   BackwardLaunches result;
+  result.gathered_rows = gathered_rows;
   add_launches(result.launches, diagonals, CudnnMask::kTopLeft, 0, result.diagonal_k);
   if (separate) {
     for (const std::vector<Rectangle>& layer : in_layers(rectangles)) {
@@ -239,12 +241,11 @@ std::shared_ptr<const ForwardLaunches> forward_launches(const AttendArgs& args) 
   return recent->get(pack_key(args), [&] { return make_forward(args); });
 }
 
-std::shared_ptr<const BackwardLaunches> backward_launches(const AttendArgs& args,
-                                                          int64_t gathered_rows, bool separate) {
+std::shared_ptr<const BackwardLaunches> backward_launches(const AttendArgs& args, bool separate) {
   static auto* recent = new Recent<TableKey, BackwardLaunches>(kKeptPacks);
   TableKey key = pack_key(args);
   key.kind = separate ? 1 : 0;
-  return recent->get(key, [&] { return make_backward(args, gathered_rows, separate); });
+  return recent->get(key, [&] { return make_backward(args, separate); });
 }
 
 }  // namespace zigzag::cuda

@@ -41,7 +41,8 @@ struct ForwardLaunches {
 /// gradients add up to the whole (cuDNN computes every masked tile of any other causal form).
 struct BackwardLaunches {
   std::vector<Launch> launches;
-  int layers = 1;                 // sources of dq: layer 0, then those of the rectangles
+  int layers = 1;  // sources of dq: layer 0, then those of the rectangles
+  std::int64_t gathered_rows = 0;
   std::int64_t diagonal_k = 0;    // rows of dk and dv that the diagonal blocks write
   std::int64_t rectangle_k = 0;   // likewise the rectangles
   SumTable dq;                    // sources: the layers
@@ -59,8 +60,6 @@ std::shared_ptr<const ForwardLaunches> forward_launches(const AttendArgs& args);
 
 /// `separate`: items of one layer never share query rows, so that nothing depends on the order in
 /// which a launch adds (for a deterministic backward); otherwise rectangles are one layer.
-std::shared_ptr<const BackwardLaunches> backward_launches(const AttendArgs& args,
-                                                          std::int64_t gathered_rows,
-                                                          bool separate);
+std::shared_ptr<const BackwardLaunches> backward_launches(const AttendArgs& args, bool separate);
 
 }  // namespace zigzag::cuda

@@ -316,7 +316,7 @@ double distance(const std::vector<double>& got, const std::vector<double>& want)
   }
   // Gradients that are exactly 0 (a token alone) are compared by size: inputs are near 1.
   const double floor = 1e-4 * static_cast<double>(want.size());
-  return std::sqrt(difference / std::max(norm, floor));
+  return std::sqrt(difference / std::max({norm, floor, 1e-300}));
 }
 
 Errors errors_of(const Problem& problem, const RunOptions& run) {

@@ -60,7 +60,6 @@ void check_pack(const std::vector<int64_t>& lengths, int64_t world_size, const M
     args.items = items;
     args.mask = mask;
     args.q = TensorView::contiguous(nullptr, DType::kBFloat16, {plan.local_tokens(rank), 1, 16});
-    const int64_t gathered = plan.gathered_tokens(rank, mask);
 
     Pairs want;
     for (const WorkItem& item : items) {
@@ -80,7 +79,7 @@ void check_pack(const std::vector<int64_t>& lengths, int64_t world_size, const M
 
     for (const bool separate : {false, true}) {
       SCOPED_TRACE(separate ? "separate layers" : "rectangles in one layer");
-      const auto lists = cuda::backward_launches(args, gathered, separate);
+      const auto lists = cuda::backward_launches(args, separate);
       Pairs backward;
       // By destination row: the sources and their rows that must be added up.
       Rows dq;
