@@ -107,6 +107,7 @@ Group::Group(const GroupOptions& options) : device_(options.device), comm_(optio
     if (devices_ == 0) throw DeviceError(fmt::format("--device cuda: {}", cuda_reason()));
     if (comm_.empty()) {
       std::vector<int> all;
+      all.reserve(static_cast<std::size_t>(size_));
       for (int r = 0; r < size_; ++r) all.push_back(device_of(r).index);
       comm_ = cuda::peers_reach(all) ? "peer" : "nccl";
     }

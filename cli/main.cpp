@@ -119,7 +119,8 @@ void say(const std::string& line) {
 }  // namespace zigzag::cli
 
 int main(int argc, char** argv) {
-  using namespace zigzag;
+  namespace cli = zigzag::cli;
+  namespace comm = zigzag::comm;
   cli::install_handlers();
   const auto fail = [](int code, const std::string& sentence) {
     cli::say(fmt::format("zigzag: {}", sentence));
@@ -130,7 +131,7 @@ int main(int argc, char** argv) {
     const int code = cli::command_line(argc, argv);
     if (code != cli::kExitOk) comm::linger_before_exit();
     return code;
-  } catch (const InvalidArgument& error) {
+  } catch (const zigzag::InvalidArgument& error) {
     return fail(cli::kExitBadInput, error.what());
   } catch (const std::bad_alloc&) {
     return fail(cli::kExitEnvironment,

@@ -125,7 +125,7 @@ std::string difference(std::span<const Record> records) {
       const bool many = ranks.size() > 1 && text.starts_with("has");
       sentence += fmt::format("{} {}, ", ranks_text(ranks), many ? plural : text);
     }
-    return sentence + "rank 0 " + first + "; all ranks must pass the same";
+    return fmt::format("{}rank 0 {}; all ranks must pass the same", sentence, first);
   }
   return "the ranks' arguments differ; all ranks must pass the same";
 }
@@ -173,6 +173,8 @@ void agree(Transport& transport, const Agreement& mine) {
     throw_invalid(transport, records, mine.error);
   }
   for (const Record& record : records) {
+    // Bit for bit: a NaN that all pass is no difference, and there is no padding (asserted above).
+    // NOLINTNEXTLINE(bugprone-suspicious-memory-comparison)
     if (std::memcmp(&record, &records[0], sizeof(Record)) != 0) {
       transport.settle();
       throw CommunicationError(difference(records));

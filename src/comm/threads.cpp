@@ -152,6 +152,7 @@ class ThreadsTransport final : public Transport {
 std::vector<std::shared_ptr<Transport>> make_threads_transports(int size, double timeout) {
   const auto group = std::make_shared<ThreadGroup>(size, timeout);
   std::vector<std::shared_ptr<Transport>> result;
+  result.reserve(static_cast<std::size_t>(size));
   for (int r = 0; r < size; ++r) result.push_back(std::make_shared<ThreadsTransport>(group, r));
   return result;
 }

@@ -39,10 +39,9 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 #include <algorithm>
 #include <chrono>
+#include <ctime>
 #include <thread>
 #include <vector>
-
-#include <time.h>
 
 #include "cpu/target.h"
 
@@ -75,6 +74,7 @@ Peak fma_peak(int threads, double seconds) {
   const auto work = HWY_DISPATCH_TABLE(multiply_adds)[chosen.GetIndex()];
   std::vector<Peak> peaks(static_cast<std::size_t>(std::max(1, threads)));
   std::vector<std::thread> pool;
+  pool.reserve(peaks.size());
   for (Peak& peak : peaks) {
     pool.emplace_back([&peak, work, seconds] {
       float sink = 0;
