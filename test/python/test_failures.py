@@ -84,6 +84,14 @@ def test_a_rank_that_does_not_come_is_a_timeout():
     assert "TimeoutError" in output and "3 s" in output
 
 
+@pytest.fixture(autouse=True)
+def children_take_sigint():
+    """A background job starts with SIGINT ignored, and its children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 INTERRUPTED = """
 import os, signal, threading, time
 import torch
