@@ -1,5 +1,6 @@
 #include "tensor.h"
 
+#include <algorithm>
 #include <memory>
 
 #include <nanobind/stl/pair.h>
@@ -81,6 +82,14 @@ Tensor::Tensor(nb::ndarray<nb::ro> source, const std::optional<std::string>& dty
   for (std::size_t i = 0; i < array.ndim(); ++i) {
     view.shape[i] = static_cast<std::int64_t>(array.shape(i));
     view.strides[i] = array.stride(i);
+  }
+  if (view.num_elements() == 0) {
+    // NumPy gives arrays without elements strides of 0; which ones they have says nothing.
+    std::int64_t stride = 1;
+    for (std::size_t i = array.ndim(); i-- > 0;) {
+      view.strides[i] = stride;
+      stride *= std::max<std::int64_t>(view.shape[i], 1);
+    }
   }
 }
 

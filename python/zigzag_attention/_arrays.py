@@ -37,6 +37,8 @@ def kind_of(x: object, name: str) -> str:
     """ "torch" or "numpy"; TypeError for anything else."""
     if is_torch(x):
         return "torch"
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; its mask would be lost, give a plain array")
     if isinstance(x, np.ndarray):
         return "numpy"
     raise TypeError(
@@ -85,6 +87,8 @@ def bits(x: Any) -> _core.Tensor:
         if str(x.dtype).removeprefix("torch.") not in {*_NAMED, "bfloat16"}:
             return view(x.detach().view(getattr(torch, _bits_name(x.element_size(), x.dtype))))
         return view(x)
+    if x.dtype.hasobject:
+        raise ValueError(f"an array of dtype {x.dtype} holds Python objects; give one of numbers")
     if x.dtype.name not in _NAMED:
         return view(x.view(np.dtype(_bits_name(x.dtype.itemsize, x.dtype))))
     return view(x)
@@ -114,7 +118,12 @@ def stream_of(x: Any) -> int:
 
 def index_array(x: Indices, name: str) -> IntArray:
     """Integers of any kind and device as a NumPy int64 array [n]."""
-    array = x.detach().cpu().numpy() if is_torch(x) else np.asarray(x)  # type: ignore[union-attr]
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; its mask would be lost, give a plain array")
+    try:
+        array = x.detach().cpu().numpy() if is_torch(x) else np.asarray(x)  # type: ignore[union-attr]
+    except ValueError as error:
+        raise ValueError(f"{name} is not a sequence of integers") from error
     if array.size == 0 and not is_torch(x) and not isinstance(x, np.ndarray):
         array = array.astype(np.int64)
     if array.ndim != 1 or array.dtype not in (np.int32, np.int64):

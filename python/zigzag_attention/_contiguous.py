@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,12 +12,10 @@ from torch import Tensor
 
 from zigzag_attention import _core, _torch
 from zigzag_attention._arrays import Indices, IntArray, index_array
+from zigzag_attention._checks import Options
 from zigzag_attention.communicator import Communicator, Group, communicator_of
 from zigzag_attention.helpers import llama3_flash_attn_prepare_cu_seqlens
 from zigzag_attention.plan import Plan
-
-if TYPE_CHECKING:
-    from zigzag_attention._torch import Options
 
 
 class Table(NamedTuple):

@@ -9,24 +9,42 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from zigzag_attention import _core, layout
 from zigzag_attention._arrays import Indices, index_array, stream_of, view
+from zigzag_attention._checks import Options
 from zigzag_attention.attention import check_group, check_local, make_options
 from zigzag_attention.communicator import Communicator, Group, handle_of, resolve
-from zigzag_attention.plan import Plan, Window
-
-if TYPE_CHECKING:
-    Options = tuple[bool, float | None, Window, float, int | None, bool]
+from zigzag_attention.plan import Plan
 
 _MAX_PLANS = 32
 _plans: OrderedDict[tuple[bytes, int], Plan] = OrderedDict()
 _plan_of_tensor: dict[tuple[int, int], tuple[weakref.ref[Tensor], int, Plan]] = {}
+
+
+def check_transforms(*tensors: Tensor) -> None:
+    """Operations and copies would lose tangents and what torch.func tracks, without a word."""
+    # torch.compile cannot trace the question, and meets the transform's own error instead.
+    if not torch.compiler.is_compiling():
+        for transform in torch._C._functorch.get_interpreter_stack() or ():
+            kind = transform.key().name
+            if kind in ("Grad", "Jvp"):
+                raise RuntimeError(
+                    f"zigzag attention was called inside torch.func's {kind.lower()}, which is not "
+                    "supported; backward() and torch.autograd.grad are"
+                )
+    unpack: Any = forward_ad.unpack_dual
+    if any(unpack(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            "zigzag attention was given a tensor with a tangent; forward-mode derivatives are not "
+            "supported, backward() and torch.autograd.grad are"
+        )
 
 
 def attention(
@@ -40,6 +58,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """out and lse of (q, k, v), (q, kv) or (qkv,)."""
     causal, scale, (left, right), softcap, stage, deterministic = options
+    check_transforms(*packed)
     a, b, c = (*packed, None, None)[:3]
     out, lse = _attention(
         a,
@@ -67,6 +86,8 @@ def world_size_of(group: Group) -> int:
         return group.size
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return 1
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        handle_of(group, -1)  # says what a group is
     return int(dist.get_world_size(group))
 
 

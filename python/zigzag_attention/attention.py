@@ -9,8 +9,11 @@ from numpy.typing import NDArray
 
 from zigzag_attention import _core
 from zigzag_attention._arrays import ArrayT, IntArray, same_kind, view
+from zigzag_attention._checks import Names, Options, attention_options
 from zigzag_attention.communicator import Communicator, Group, handle_of, resolve
-from zigzag_attention.plan import Plan, Window
+from zigzag_attention.plan import Plan, Window, check_plan
+
+_NAMES = Names("window", "kv_heads_per_stage")
 
 
 def check_group(communicator: Communicator, world_size: int) -> None:
@@ -39,6 +42,18 @@ def check_local(local: IntArray, rows: int, plan: Plan, rank: int) -> None:
             f"q has {rows} rows; rank {rank} of {plan.world_size} holds "
             f"{plan.local_tokens(rank)} rows of {pack}"
         )
+
+
+def check_options(
+    options: Options, last: Any, names: Names, group: Group, world_size: int
+) -> Options:
+    """The options; a rank whose own are wrong tells the others."""
+    try:
+        return attention_options(options, last, names)
+    except (TypeError, ValueError) as error:
+        if world_size > 1:
+            _core.refuse(resolve(handle_of(group, world_size))._core, str(error))
+        raise
 
 
 def _short(values: IntArray) -> str:
@@ -114,7 +129,7 @@ def attention(
         causal: a query sees keys up to its own position in its document.
         softmax_scale: multiplies q.k; None means 1 / sqrt(head_dim).
         window: (left, right): how many keys before and after its own position a query sees; -1 is
-            no bound. With `causal` the right side is 0.
+            no bound. With `causal` the right side is 0 or -1.
         softcap: scores s become softcap * tanh(s / softcap); 0 means none.
         kv_heads_per_stage: KV heads gathered at a time, a divisor of kv_heads; bounds memory and
             changes no result. None lets the library choose.
@@ -129,16 +144,16 @@ def attention(
         ValueError: an argument does not fit; before any exchange, on every rank.
         RuntimeError: ranks disagree, or a peer or a device failed.
         TimeoutError: a peer did not come within `ZIGZAG_TIMEOUT_S` seconds.
-        TypeError: q, k, v are not all NumPy arrays or all torch tensors.
+        TypeError: q, k, v are not all NumPy arrays or all torch tensors, or an option is of a
+            wrong type.
     """
     options = (causal, softmax_scale, window, softcap, kv_heads_per_stage, deterministic)
-    if not isinstance(plan, Plan):
-        raise TypeError(
-            f"plan is a {type(plan).__qualname__}; it must be a Plan(cu_seqlens, world_size)"
-        )
+    check_plan(plan)
+    kind = same_kind("q k v", q, k, v)
+    options = check_options(options, v, _NAMES, group, plan.world_size)
     out: Any
     lse: Any
-    if same_kind("q k v", q, k, v) == "torch":
+    if kind == "torch":
         from zigzag_attention import _torch
 
         out, lse = _torch.attention(
@@ -161,14 +176,13 @@ def make_options(
     stream: int = 0,
 ) -> _core.AttentionOptions:
     """The library's options."""
-    left, right = window
     return _core.AttentionOptions(
         causal=causal,
-        window=(left, right),
+        window=window,
         softmax_scale=softmax_scale,
         softcap=softcap,
-        # 0 is the library's word for "choose"; a caller's 0 is a mistake.
-        kv_heads_per_stage=0 if kv_heads_per_stage is None else kv_heads_per_stage or -1,
+        # 0 is the library's word for "choose"; a caller's 0 was refused.
+        kv_heads_per_stage=kv_heads_per_stage or 0,
         deterministic=deterministic,
         kernels=kernels or None,
         stream=stream,
@@ -236,11 +250,11 @@ def attention_backward(
     """
     if same_kind("dout q k v out lse", dout, q, k, v, out, lse) == "torch":
         raise TypeError("attention_backward is for NumPy arrays; torch tensors have autograd")
+    check_plan(plan)
+    given = (causal, softmax_scale, window, softcap, kv_heads_per_stage, deterministic)
+    options = make_options(*check_options(given, v, _NAMES, group, plan.world_size))
     communicator = resolve(handle_of(group, plan.world_size))
     check_group(communicator, plan.world_size)
-    options = make_options(
-        causal, softmax_scale, window, softcap, kv_heads_per_stage, deterministic
-    )
     dq, dk, dv = (np.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     _core.backward(
         view(dout),

@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from zigzag_attention._arrays import Indices, same_kind
+from zigzag_attention.attention import check_options
 from zigzag_attention.communicator import Group
-from zigzag_attention.drop_in import check_packed, check_supported
+from zigzag_attention.drop_in import NAMES, check_packed, check_supported
 from zigzag_attention.plan import Window
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def llama3_flash_attn_varlen_func(
         dropout_p: must be 0.
         softmax_scale: multiplies q.k; None means 1 / sqrt(head_dim).
         causal: a query sees keys up to its own position in its document.
-        window_size: (left, right), -1 is no bound.
+        window_size: (left, right), -1 is no bound; `causal` overrides the right side.
         alibi_slopes: must be None.
         deterministic: a bitwise repeatable backward on CUDA; the CPU's always is.
         return_attn_probs: return `(out, lse, None)`.
@@ -135,7 +136,9 @@ def _call(
     if same_kind(names, *packed) != "torch":
         raise TypeError("the contiguous layout is for torch tensors; shard NumPy arrays by a Plan")
     check_packed(names, packed)
-    from zigzag_attention import _contiguous
+    from zigzag_attention import _contiguous, _torch
 
+    world_size = _torch.world_size_of(group)
+    options = check_options(options, packed[-1], NAMES, group, world_size)
     out, lse = _contiguous.attention(packed, pack, options, group)
     return (out, lse.T, None) if return_attn_probs else out

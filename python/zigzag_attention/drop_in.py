@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from zigzag_attention._arrays import Indices, index_array, same_kind
-from zigzag_attention.attention import check_local, make_options, numpy_forward
+from zigzag_attention._checks import Names, Options
+from zigzag_attention.attention import check_local, check_options, make_options, numpy_forward
 from zigzag_attention.communicator import Group, communicator_of
 from zigzag_attention.helpers import check_n_chunks
 from zigzag_attention.kernels import kernels_name
 from zigzag_attention.plan import Plan, Window
+
+NAMES = Names("window_size", "heads_k_stride")
 
 
 def zigzag_llama3_flash_attn_varlen_func(
@@ -50,7 +53,7 @@ def zigzag_llama3_flash_attn_varlen_func(
         dropout_p: must be 0.
         softmax_scale: multiplies q.k; None means 1 / sqrt(head_dim).
         causal: a query sees keys up to its own position in its document.
-        window_size: (left, right), -1 is no bound.
+        window_size: (left, right), -1 is no bound; `causal` overrides the right side.
         alibi_slopes: must be None.
         deterministic: a bitwise repeatable backward on CUDA; the CPU's always is.
         return_attn_probs: return `(out, lse, None)`.
@@ -228,28 +231,30 @@ def _call(
     check_supported(dropout_p, alibi_slopes, n_chunks)
     kind = same_kind(names, *packed)
     check_packed(names, packed)
-    options = (causal, softmax_scale, window_size, 0.0, heads_k_stride, deterministic)
+    options: Options = (causal, softmax_scale, window_size, 0.0, heads_k_stride, deterministic)
     kernels = kernels_name(use_triton_kernel) or ""
     out: Any
     lse: Any
     if kind == "torch":
         from zigzag_attention import _torch
 
+        world_size = _torch.world_size_of(group)
         out, lse = _torch.attention(
             packed,
             _torch.as_cu_seqlens(cu_seqlens_k, "cu_seqlens_k"),
             _torch.as_cu_seqlens(cu_seqlens_q, "cu_seqlens_q"),
-            _torch.world_size_of(group),
+            world_size,
             group,
-            options,
+            check_options(options, packed[-1], NAMES, group, world_size),
             kernels,
         )
     else:
         communicator = communicator_of(group)
+        options = check_options(options, packed[-1], NAMES, group, communicator.size)
+        chosen = make_options(*options, kernels=kernels)
         plan = Plan(cu_seqlens_k, communicator.size)
         q, k, v = _split_numpy(packed)
         local = index_array(cu_seqlens_q, "cu_seqlens_q")
         check_local(local, q.shape[0], plan, communicator.rank)
-        chosen = make_options(*options, kernels=kernels)
         out, lse = numpy_forward(q, k, v, plan, communicator, chosen)
     return (out, lse.T, None) if return_attn_probs else out

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from zigzag_attention import _core
 from zigzag_attention._arrays import ArrayT, bits, empty, kind_of, same_kind, stream_of
-from zigzag_attention.plan import Plan
+from zigzag_attention.plan import Plan, check_plan
 
 
 def shard(x: ArrayT, plan: Plan, rank: int) -> ArrayT:
@@ -27,12 +27,15 @@ def shard(x: ArrayT, plan: Plan, rank: int) -> ArrayT:
     Raises:
         ValueError: x has another number of rows than the plan has tokens, or rank is out of range.
     """
+    check_plan(plan)
     given: Any = x
-    if kind_of(x, "x") == "torch" and given.requires_grad:
+    if kind_of(x, "x") == "torch":
         from zigzag_attention import _torch
 
-        out: Any = _torch.shard(given, plan, rank)
-        return out  # type: ignore[no-any-return]
+        _torch.check_transforms(given)
+        if given.requires_grad:
+            out: Any = _torch.shard(given, plan, rank)
+            return out  # type: ignore[no-any-return]
     return shard_rows(x, plan, rank)
 
 
@@ -56,15 +59,18 @@ def unshard(parts: Sequence[ArrayT], plan: Plan) -> ArrayT:
     Raises:
         ValueError: there are not world_size parts, or their shapes or types do not fit.
     """
+    check_plan(plan)
     if len(parts) == 0:
         raise ValueError(f"unshard was given no parts; the plan has {plan.world_size} ranks")
     kind = same_kind(" ".join(f"parts[{r}]" for r in range(len(parts))), *parts)
     given: Any = parts
-    if kind == "torch" and any(part.requires_grad for part in given):
+    if kind == "torch":
         from zigzag_attention import _torch
 
-        out: Any = _torch.unshard(given, plan)
-        return out  # type: ignore[no-any-return]
+        _torch.check_transforms(*given)
+        if any(part.requires_grad for part in given):
+            out: Any = _torch.unshard(given, plan)
+            return out  # type: ignore[no-any-return]
     return unshard_rows(parts, plan)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from zigzag_attention import _core
 from zigzag_attention._arrays import Indices, IntArray, index_array
+from zigzag_attention._checks import integer, mask
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,7 @@ class Plan:
     Raises:
         ValueError: cu_seqlens is empty, does not start at 0, decreases or is not of integers, or
             world_size is less than 1.
+        TypeError: world_size is not an integer.
     """
 
     world_size: int
@@ -50,7 +52,7 @@ class Plan:
 
     def __init__(self, cu_seqlens: Indices, world_size: int) -> None:
         values = index_array(cu_seqlens, "cu_seqlens")
-        self._core = _core.Plan(values, int(world_size))
+        self._core = _core.Plan(values, integer(world_size, "world_size"))
         self.world_size = self._core.world_size
         self.total_tokens = self._core.total_tokens
         self.num_documents = self._core.num_documents
@@ -85,35 +87,35 @@ class Plan:
 
     def chunk(self, document: int, index: int) -> Chunk:
         """Chunk `index` in 0..2 * world_size - 1 of a document."""
-        return Chunk(*self._core.chunk(document, index))
+        return Chunk(*self._core.chunk(integer(document, "document"), integer(index, "index")))
 
     def chunk_indices(self, rank: int) -> tuple[int, int]:
         """The chunks that a rank owns of every document: (early, late)."""
-        return self._core.chunk_indices(rank)
+        return self._core.chunk_indices(integer(rank, "rank"))
 
     def chunk_owner(self, index: int) -> int:
         """The rank that owns chunk `index` of every document."""
-        return self._core.chunk_owner(index)
+        return self._core.chunk_owner(integer(index, "index"))
 
     def local_tokens(self, rank: int) -> int:
         """Rows of a rank's shard."""
-        return self._core.local_tokens(rank)
+        return self._core.local_tokens(integer(rank, "rank"))
 
     def local_cu_seqlens(self, rank: int) -> IntArray:
         """Row ranges of the documents in a rank's shard `[documents + 1]`."""
-        return self._core.local_cu_seqlens(rank)
+        return self._core.local_cu_seqlens(integer(rank, "rank"))
 
     def token_indices(self, rank: int) -> IntArray:
         """The global token of each local row `[local_tokens]`."""
-        return self._core.token_indices(rank)
+        return self._core.token_indices(integer(rank, "rank"))
 
     def position_ids(self, rank: int) -> IntArray:
         """The position inside its document of each local row, as RoPE wants it `[local_tokens]`."""
-        return self._core.position_ids(rank)
+        return self._core.position_ids(integer(rank, "rank"))
 
     def local_row(self, token: int) -> tuple[int, int]:
         """The rank and the local row that hold a global token."""
-        return self._core.local_row(token)
+        return self._core.local_row(integer(token, "token"))
 
     def flops(
         self,
@@ -125,11 +127,16 @@ class Plan:
         window: Window = (-1, -1),
     ) -> float:
         """FLOPs of a rank's forward: 4 x heads x head_dim x visible (query, key) pairs."""
-        return self._core.flops(rank, heads, head_dim, causal, window)
+        return self._core.flops(
+            integer(rank, "rank"),
+            integer(heads, "heads"),
+            integer(head_dim, "head_dim"),
+            *mask(causal, window),
+        )
 
     def balance(self, *, causal: bool = True, window: Window = (-1, -1)) -> float:
         """Mean over ranks of the FLOPs divided by their maximum; 1 is perfect."""
-        return self._core.balance(causal, window)
+        return self._core.balance(*mask(causal, window))
 
     def gathered_bytes(
         self,
@@ -142,7 +149,13 @@ class Plan:
         window: Window = (-1, -1),
     ) -> float:
         """Bytes of K and V that a rank receives from other ranks in one forward."""
-        return self._core.gathered_bytes(rank, kv_heads, head_dim, itemsize, causal, window)
+        return self._core.gathered_bytes(
+            integer(rank, "rank"),
+            integer(kv_heads, "kv_heads"),
+            integer(head_dim, "head_dim"),
+            integer(itemsize, "itemsize"),
+            *mask(causal, window),
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
@@ -159,4 +172,12 @@ class Plan:
         return (
             f"Plan({self.num_documents} documents, {self.total_tokens} tokens, "
             f"world_size={self.world_size})"
+        )
+
+
+def check_plan(plan: object) -> None:
+    """cu_seqlens in place of a plan are a likely mistake."""
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"plan is a {type(plan).__qualname__}; it must be a Plan(cu_seqlens, world_size)"
         )

@@ -119,6 +119,23 @@ def test_a_row_that_sees_no_key():
     assert out.shape == (0, 4, 32) and lse.shape == (0, 4)
 
 
+def test_numpy_ranks_without_tokens():
+    """NumPy gives arrays without elements strides of 0."""
+    empty = np.zeros((0, 2, 16), np.float32)
+    assert attention(empty, empty, empty, Plan([0], 1)).shape == (0, 2, 16)
+    plan = Plan([0, 1], 2)
+    x = np.ones((1, 2, 16), np.float32)
+
+    def work(rank, communicator):
+        mine = shard(x, plan, rank)
+        out, lse = attention(mine, mine, mine, plan, communicator, return_lse=True)
+        return out, *attention_backward(out, mine, mine, mine, out, lse, plan, communicator)
+
+    parts = run_threads(2, work)
+    assert np.array_equal(unshard([part[0] for part in parts], plan), x)
+    assert all(len(y) == plan.local_tokens(r) for r in range(2) for y in parts[r])
+
+
 def test_inputs_are_views_of_packed_tensors():
     lengths = [33, 64]
     plan = Plan.from_lengths(lengths, 1)

@@ -3,12 +3,15 @@
 import pytest
 import torch
 import torch.utils.checkpoint
+from torch.autograd import forward_ad
 
 from reference import attend, close, draw
 from zigzag_attention import (
     Plan,
     attention,
     kernels,
+    shard,
+    unshard,
     zigzag_llama3_flash_attn_varlen_func,
     zigzag_llama3_flash_attn_varlen_kvpacked_func,
     zigzag_llama3_flash_attn_varlen_qkvpacked_func,
@@ -100,6 +103,26 @@ def test_double_backward_raises():
     (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="only first derivatives are supported"):
         dq.sum().backward()
+
+
+def test_forward_mode_raises():
+    q, k, v, _ = draw(LENGTHS)
+    plan = Plan(CU, 1)
+    calls = [lambda x: attention(x, k, v, plan), lambda x: shard(x, plan, 0)]
+    for call in (*calls, lambda x: unshard([x], plan)):
+        with pytest.raises(RuntimeError, match=r"inside torch\.func's jvp, which is not supported"):
+            torch.func.jvp(call, (q,), (torch.ones_like(q),))
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(q, torch.ones_like(q))
+            with pytest.raises(RuntimeError, match="forward-mode derivatives are not supported"):
+                call(dual)
+
+
+def test_torch_func_grad_raises():
+    q, k, v, _ = draw(LENGTHS)
+    plan = Plan(CU, 1)
+    with pytest.raises(RuntimeError, match=r"inside torch\.func's grad, which is not supported"):
+        torch.func.grad(lambda x: attention(x, k, v, plan).sum())(q)
 
 
 def test_pack_changed_before_the_backward_raises():
