@@ -248,10 +248,12 @@ int bench_attention(const BenchOptions& options) {
   chosen.mask.apply(attention);
   const std::unique_ptr<PackSource> source = open_source(chosen.pack, chosen.shape);
   const std::vector<int> threads = chosen.thread_counts();
-  const Group group(chosen.group);
-  if (group.is_mpi()) {
-    throw InvalidArgument("bench attention runs its ranks as threads; start it without mpirun");
+  if (chosen.group.comm == "mpi" || launched_processes() > 1) {
+    throw InvalidArgument(
+        "bench attention runs its ranks as threads of one process; start it without mpirun and "
+        "--comm mpi");
   }
+  const Group group(chosen.group);
   GroupOptions one = chosen.group;
   one.ranks = 1;
   const Group single_group(one);

@@ -13,7 +13,7 @@
 namespace zigzag::cli {
 namespace {
 
-constexpr std::int64_t kMostThreads = 4096;
+constexpr std::int64_t kMostThreads = 1024;
 
 std::string cell(const nlohmann::ordered_json& value) {
   if (value.is_null()) return "-";

@@ -16,16 +16,6 @@ namespace {
 
 constexpr std::int64_t kMostRanks = 4096;
 
-// Processes that mpirun or srun started together; 1 without a launcher.
-std::int64_t launched_processes() {
-  if (!comm::started_by_mpi_launcher()) return 1;
-  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"}) {
-    const char* value = std::getenv(name);
-    if (value != nullptr) return std::strtol(value, nullptr, 10);
-  }
-  return 1;
-}
-
 // How much an exception says about the cause: a rank that stopped because of another says little.
 int weight(const std::exception_ptr& error) {
   try {
@@ -57,6 +47,15 @@ std::string cuda_reason() {
 }
 
 }  // namespace
+
+std::int64_t launched_processes() {
+  if (!comm::started_by_mpi_launcher()) return 1;
+  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"}) {
+    const char* value = std::getenv(name);
+    if (value != nullptr) return std::strtol(value, nullptr, 10);
+  }
+  return 1;
+}
 
 void GroupOptions::declare(Flags& flags) {
   flags.group("Ranks");

@@ -24,6 +24,9 @@ struct GroupOptions {
   void declare(Flags& flags);
 };
 
+/// Processes that mpirun or srun started together; 1 without a launcher.
+std::int64_t launched_processes();
+
 /// The ranks of a command: W threads of this process, or this process as one of an MPI job.
 class Group {
  public:

@@ -1,6 +1,7 @@
 #include "pack_options.h"
 
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <fstream>
 #include <limits>
@@ -16,6 +17,9 @@ namespace {
 
 constexpr std::int64_t kMaxHeads = 4096;
 constexpr std::int64_t kMaxHeadDim = 4096;
+// Magnitudes of --scale and --softcap with which scores stay in the range of float32.
+constexpr double kLeastFactor = 1e-30;
+constexpr double kMostFactor = 1e30;
 constexpr std::int64_t kMostInteger = std::numeric_limits<std::int64_t>::max();
 
 // A file of lengths separated by commas, blanks or newlines; '#' starts a comment.
@@ -159,9 +163,9 @@ Mask MaskOptions::mask() const {
         return parse_integer("--window", text, -1, kMaxTokens);
       } catch (const InvalidArgument&) {
         throw InvalidArgument(fmt::format(
-            "--window is '{}'; it must be LEFT or LEFT,RIGHT, each an integer of at least -1 "
+            "--window is '{}'; it must be LEFT or LEFT,RIGHT, each an integer from -1 to {} "
             "(-1: unbounded)",
-            window));
+            window, kMaxTokens));
       }
     };
     mask.window_left = side(std::string_view(window).substr(0, comma));
@@ -181,9 +185,14 @@ Mask MaskOptions::mask() const {
 
 void MaskOptions::apply(AttentionOptions& options) const {
   options.mask = mask();
-  if (softcap.value_or(0) < 0) {
-    throw InvalidArgument(
-        fmt::format("--softcap is {}; it must be at least 0 (0: none)", *softcap));
+  const auto in_range = [](double x) { return x == 0 || (x >= kLeastFactor && x <= kMostFactor); };
+  if (!in_range(softcap.value_or(0))) {
+    throw InvalidArgument(fmt::format("--softcap is {}; it must be 0 (none) or from {} to {}",
+                                      *softcap, kLeastFactor, kMostFactor));
+  }
+  if (!in_range(std::abs(scale.value_or(0)))) {
+    throw InvalidArgument(fmt::format("--scale is {}; its magnitude must be 0 or from {} to {}",
+                                      *scale, kLeastFactor, kMostFactor));
   }
   options.softcap = softcap.value_or(0);
   options.softmax_scale = scale;

@@ -1,9 +1,11 @@
 #include "pack_source.h"
 
+#include <algorithm>
 #include <array>
 
 #include <fmt/format.h>
 
+#include "agreement.h"
 #include "io/documents.h"
 #include "io/safetensors.h"
 #include "zigzag/error.h"
@@ -61,6 +63,12 @@ class DocumentSource : public SeededSource {
     model_->fill(stream, tokens, run.position, dtype_, out);
   }
 
+  std::uint64_t contents() const override {
+    Fingerprint fingerprint;
+    fingerprint.add(std::as_bytes(std::span(tokens_)));
+    return fingerprint.value();
+  }
+
  private:
   std::vector<std::uint8_t> tokens_;
   std::unique_ptr<io::ByteModel> model_;
@@ -111,6 +119,27 @@ class FileSource : public PackSource {
     file_.read(
         *tensor, static_cast<std::uint64_t>(run.token * row_bytes),
         std::span(static_cast<std::byte*>(out), static_cast<std::size_t>(run.rows * row_bytes)));
+  }
+
+  std::uint64_t contents() const override {
+    constexpr std::uint64_t kPiece = std::uint64_t{1} << 20;
+    constexpr std::uint64_t kPieces = 64;
+    Fingerprint fingerprint;
+    std::vector<std::byte> piece;
+    for (const io::SafetensorsEntry* tensor : {q_, k_, v_, dout_}) {
+      const std::uint64_t bytes = tensor == nullptr ? 0 : tensor->end - tensor->begin;
+      const std::uint64_t pieces = std::min((bytes + kPiece - 1) / kPiece, kPieces);
+      for (std::uint64_t i = 0; i < pieces; ++i) {
+        // Below the limit these are all bytes, piece after piece; above it they lie evenly spread.
+        const std::uint64_t at =
+            bytes <= kPiece * kPieces ? i * kPiece : (bytes - kPiece) / (kPieces - 1) * i;
+        piece.resize(std::min(kPiece, bytes - at));
+        file_.read(*tensor, at, piece);
+        fingerprint.add(piece);
+      }
+      fingerprint.add({});
+    }
+    return fingerprint.value();
   }
 
  private:

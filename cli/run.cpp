@@ -2,9 +2,11 @@
 #include <filesystem>
 #include <limits>
 #include <memory>
+#include <span>
 
 #include <fmt/format.h>
 
+#include "agreement.h"
 #include "attention_check.h"
 #include "check.h"
 #include "command.h"
@@ -14,6 +16,7 @@
 #include "run_report.h"
 #include "text.h"
 #include "zigzag/error.h"
+#include "zigzag/system.h"
 
 namespace zigzag::cli {
 namespace {
@@ -72,6 +75,50 @@ void check_job(const Options& options, const PackSource& source) {
   }
 }
 
+const char* source_name(const PackOptions& pack) {
+  if (!pack.input.empty()) return "--input";
+  return pack.documents.empty() ? "--lengths or --lengths-file" : "--documents";
+}
+
+// Processes started with different flags or files would exchange rows that do not belong together,
+// or wait for each other.
+void check_agreement(const Options& options, const PackSource& source,
+                     const AttentionOptions& attention, bool backward, const Group& group) {
+  if (!group.is_mpi()) return;
+  const io::ModelShape& shape = source.shape();
+  const Mask& mask = attention.mask;
+  const std::vector<std::int64_t>& ends = source.cu_seqlens();
+  Fingerprint pack;
+  pack.add(std::as_bytes(std::span(ends)));
+  const auto text = [](const auto& value) { return fmt::format("{}", value); };
+  agree_on(group, {{"version", std::string(version())},
+                   {"--device", group.device()},
+                   {"--comm", group.comm()},
+                   {"a pack from", source_name(options.pack)},
+                   {"--max-tokens", text(options.pack.max_tokens)},
+                   {"--heads", text(shape.heads)},
+                   {"--kv-heads", text(shape.kv_heads)},
+                   {"--head-dim", text(shape.head_dim)},
+                   {"--dtype", std::string(dtype_name(source.dtype()))},
+                   {"--seed", text(options.pack.seed)},
+                   {"--causal", text(mask.causal)},
+                   {"--window", fmt::format("{},{}", mask.window_left, mask.window_right)},
+                   {"--softcap", text(attention.softcap)},
+                   {"--scale", options.mask.scale ? text(*options.mask.scale) : "1/sqrt(head_dim)"},
+                   {"--kernels", std::string(kernels_name(*attention.kernels))},
+                   {"--kv-heads-per-stage", text(attention.kv_heads_per_stage)},
+                   {"--deterministic", text(attention.deterministic)},
+                   {"a backward (--backward, --forward-only, dout of --input):", text(backward)},
+                   {"--check", text(options.check)},
+                   {"--json", text(options.json)},
+                   {"--output", options.output.empty() ? "nowhere" : options.output},
+                   {"a pack of",
+                    fmt::format("{} tokens in {} documents with lengths of fingerprint {:016x}",
+                                ends.back(), ends.size() - 1, pack.value())},
+                   {"documents or tensors with contents of fingerprint",
+                    fmt::format("{:016x}", source.contents())}});
+}
+
 void check_memory(const Job& job, const Group& group) {
   const MemoryReport memory =
       measure_memory(job, group, std::vector<RankTimes>(static_cast<std::size_t>(group.size())));
@@ -99,14 +146,16 @@ int run(const Options& options) {
   const AttentionOptions attention = attention_options(options);
   const std::unique_ptr<PackSource> source = open_source(options.pack, options.shape);
   check_job(options, *source);
+  const bool backward = !options.forward_only && (options.backward || source->wants_backward());
   const Group group(options.group);
+  check_agreement(options, *source, attention, backward, group);
   const Plan plan(source->cu_seqlens(), group.size());
 
   Job job;
   job.source = source.get();
   job.plan = &plan;
   job.attention = attention;
-  job.backward = !options.forward_only && (options.backward || source->wants_backward());
+  job.backward = backward;
   job.keep_results = options.check;
   job.output = options.output;
   check_memory(job, group);

@@ -1,8 +1,11 @@
 #include "zigzag/communicator.h"
 
+#include <charconv>
 #include <cmath>
 #include <cstdlib>
 #include <string>
+#include <string_view>
+#include <system_error>
 #include <utility>
 
 #include <fmt/format.h>
@@ -59,13 +62,16 @@ void Communicator::abort(std::string_view reason) const noexcept { transport_->a
 
 double timeout_seconds() {
   constexpr double kDefault = 300;
-  const char* text = std::getenv("ZIGZAG_TIMEOUT_S");
-  if (text == nullptr || *text == '\0') return kDefault;
-  char* end = nullptr;
-  const double seconds = std::strtod(text, &end);
-  if (*end != '\0' || !std::isfinite(seconds) || seconds <= 0) {
-    throw InvalidArgument(
-        fmt::format("ZIGZAG_TIMEOUT_S is '{}'; it must be a positive number of seconds", text));
+  const char* variable = std::getenv("ZIGZAG_TIMEOUT_S");
+  if (variable == nullptr || *variable == '\0') return kDefault;
+  const std::string_view text(variable);
+  double seconds = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), seconds);
+  if (error != std::errc() || end != text.data() + text.size() || !std::isfinite(seconds) ||
+      seconds <= 0) {
+    throw InvalidArgument(fmt::format(
+        "ZIGZAG_TIMEOUT_S is '{}'; it must be a positive number of seconds, such as 300 or 0.5",
+        text));
   }
   return seconds;
 }

@@ -7,13 +7,15 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
+#include <charconv>
 #include <cstdlib>
 #include <exception>
 #include <memory>
 #include <mutex>
 #include <new>
 #include <string>
+#include <string_view>
+#include <system_error>
 #include <thread>
 
 #include "cpu/workers.h"
@@ -23,23 +25,24 @@
 namespace zigzag {
 namespace {
 
-constexpr long kMaxThreads = 4096;
+constexpr int kMaxThreads = 1024;
 
 }  // namespace
 
 int num_threads() {
   // The affinity of the thread that asks first stands for the process: later callers may be pinned.
   static const int cores = cpu::available_cores();
-  const char* text = std::getenv("ZIGZAG_NUM_THREADS");
-  if (text == nullptr || *text == '\0') return cores;
-  char* end = nullptr;
-  errno = 0;
-  const long value = std::strtol(text, &end, 10);
-  if (*end != '\0' || errno != 0 || value < 1 || value > kMaxThreads) {
+  const char* variable = std::getenv("ZIGZAG_NUM_THREADS");
+  if (variable == nullptr || *variable == '\0') return cores;
+  const std::string_view text(variable);
+  int value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || value < 1 ||
+      value > kMaxThreads) {
     throw InvalidArgument("ZIGZAG_NUM_THREADS is '" + std::string(text) +
                           "', but must be a whole number from 1 to " + std::to_string(kMaxThreads));
   }
-  return static_cast<int>(value);
+  return value;
 }
 
 namespace cpu {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import struct
 import sys
 import tempfile
@@ -100,11 +101,17 @@ FLAGS = [
     ("window without numbers", "run --lengths 5 --ranks 2 --window ,"),
     ("window that is a word", "run --lengths 5 --ranks 2 --window wide"),
     ("negative window", "run --lengths 5 --ranks 2 --window -7"),
+    ("window beyond every pack",
+     "run --lengths 5 --ranks 2 --window 9223372036854775807"),
     ("window of three numbers", "run --lengths 5 --ranks 2 --window 1,2,3"),
     ("causal window to the right", "run --lengths 5 --ranks 2 --window 4,4"),
     ("scale that is not a number", "run --lengths 5 --ranks 2 --scale nan"),
     ("infinite scale", "run --lengths 5 --ranks 2 --scale inf"),
+    ("scale beyond float32", "run --lengths 5 --ranks 2 --scale 1e31"),
+    ("scale that float32 loses", "run --lengths 5 --ranks 2 --scale -1e-31"),
     ("negative softcap", "run --lengths 5 --ranks 2 --softcap -1"),
+    ("softcap beyond float32", "run --lengths 5 --ranks 2 --softcap 1e31"),
+    ("softcap that float32 loses", "bench attention --lengths 5 --softcap 1e-31"),
     ("unknown kernels", "run --lengths 5 --ranks 2 --kernels magic"),
     ("negative seed", "run --lengths 5 --ranks 2 --seed -1"),
     ("both directions", "run --lengths 5 --ranks 2 --backward --forward-only"),
@@ -112,6 +119,7 @@ FLAGS = [
     ("rate without the other", "plan --lengths 5 --ranks 2 --tflops 3"),
     ("rate of 0", "plan --lengths 5 --ranks 2 --tflops 0 --gbps 1"),
     ("no benchmark", "bench"),
+    ("benchmark over MPI", "bench attention --lengths 50 --comm mpi"),
     ("0 threads", "bench layout --lengths 50 --threads 0"),
     ("0 repetitions", "bench attention --lengths 50 --repeat 0"),
 ]
@@ -199,6 +207,9 @@ ENVIRONMENT = [
     ("unknown kernels", "run --lengths 5 --ranks 2", {"ZIGZAG_KERNELS": "magic"}, 2),
     ("threads that are a word", "run --lengths 5 --ranks 2", {"ZIGZAG_NUM_THREADS": "many"}, 2),
     ("0 threads", "run --lengths 5 --ranks 2", {"ZIGZAG_NUM_THREADS": "0"}, 2),
+    ("too many threads", "run --lengths 5 --ranks 2", {"ZIGZAG_NUM_THREADS": "1025"}, 2),
+    ("threads with a blank", "run --lengths 5 --ranks 2", {"ZIGZAG_NUM_THREADS": " 2"}, 2),
+    ("deadline in hexadecimal", "run --lengths 5 --ranks 2", {"ZIGZAG_TIMEOUT_S": "0x10"}, 2),
     ("deadline that is a word", "run --lengths 5 --ranks 2", {"ZIGZAG_TIMEOUT_S": "soon"}, 2),
     ("unknown CPU target", "run --lengths 5 --ranks 2", {"ZIGZAG_CPU_TARGET": "mmx"}, 2),
     ("more memory than there is", "run --lengths 1000000000000 --ranks 2", {}, 3),
@@ -260,7 +271,7 @@ def command_rows(cases: list[tuple]) -> list[list[str]]:
         for machine_dependent in ("; allowed here: ", " needs about "):
             before, found, _ = sentence.partition(machine_dependent)
             sentence = before + found + "..." if found else sentence
-        command = " ".join([*(f"{k}={v}" for k, v in env.items()), f"zigzag {arguments}".strip()])
+        command = " ".join([*(f"{k}={shlex.quote(v)}" for k, v in env.items()), f"zigzag {arguments}".strip()])
         rows.append([name, f"`{escaped(command)}`", escaped(sentence)])
     return rows
 

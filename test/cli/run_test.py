@@ -79,6 +79,7 @@ class RunTest(CommandTest):
             ["--softcap", "2.5"],
             ["--scale", "0.3"],
             ["--kv-heads-per-stage", "1"],
+            ["--kv-heads", "4", "--kv-heads-per-stage", "2"],
             ["--kernels", "reference"],
             ["--deterministic"],
             ["--head-dim", "80", "--heads", "3", "--kv-heads", "3"],
@@ -130,7 +131,7 @@ class RunTest(CommandTest):
         (self.folder / "in.safetensors").write_bytes(support.safetensors_bytes(tensors))
         (self.folder / "o.safetensors").write_text("before")
         finished = self.zigzag("run", "--input", "in.safetensors", "--ranks", 2, "--check",
-                               "--json", "--backward", "--scale", "1e38",
+                               "--json", "--backward", "--scale", "1e30",
                                "--output", "o.safetensors")
         if finished.code == 0:
             self.skipTest("the engine holds the bound on this input too")
@@ -138,6 +139,19 @@ class RunTest(CommandTest):
         self.assertFalse(finished.json()["check"]["passed"])
         self.assertIn("check failed", finished.err)
         self.assertEqual((self.folder / "o.safetensors").read_text(), "before")
+
+    def test_a_nan_or_inf_of_the_input_is_checked_and_spares_the_rest(self):
+        for name, value in (("q", "nan"), ("v", "nan"), ("dout", "nan"), ("v", "inf"),
+                            ("dout", "inf")):
+            tensors = support.pack_file([70, 31])
+            dtype, shape, data = tensors[name]
+            tensors[name] = (dtype, shape, struct.pack("<f", float(value)) + data[4:])
+            (self.folder / "in.safetensors").write_bytes(support.safetensors_bytes(tensors))
+            check = self.passes("run", "--input", "in.safetensors", "--ranks", 2, "--check",
+                                "--json").json()["check"]
+            # Rows without it are held to the bounds: no error at all would be no comparison.
+            self.assertGreater(check["dq_relative_l2"], 0, f"{value} in {name}")
+            self.assertGreater(check["dk_relative_l2"], 0, f"{value} in {name}")
 
     def test_seed_decides_the_inputs(self):
         outputs = []
@@ -198,12 +212,17 @@ class MpiTest(CommandTest):
         if shutil.which("mpirun") is None or "MPI: no" in self.zigzag("doctor").out:
             self.skipTest("no mpirun, or built without MPI")
 
-    def mpirun(self, ranks: int, *arguments: object) -> subprocess.CompletedProcess:
-        options = ["--oversubscribe"] if ranks > 1 else []
+    def mpirun(
+        self, ranks: int, *arguments: object, second: list[str] | None = None
+    ) -> subprocess.CompletedProcess:
+        """Runs the command as `ranks` processes, and one more as `run SECOND` where given."""
+        options = ["--oversubscribe"] if ranks > 1 or second else []
+        more = [":", "-n", "1", support.COMMAND, "run", *second] if second else []
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             options.append("--allow-run-as-root")
         return subprocess.run(
-            ["mpirun", *options, "-n", str(ranks), support.COMMAND, *map(str, arguments)],
+            ["mpirun", *options, "-n", str(ranks), support.COMMAND, *map(str, arguments),
+             *more],
             cwd=self.folder, env=support.clean_environment({"ZIGZAG_NUM_THREADS": "1"}),
             capture_output=True, timeout=200, check=False,
         )
@@ -217,6 +236,41 @@ class MpiTest(CommandTest):
             self.passes(*arguments, "threads.safetensors", "--ranks", ranks)
             self.assertEqual((self.folder / "mpi.safetensors").read_bytes(),
                              (self.folder / "threads.safetensors").read_bytes())
+
+    def test_ranks_that_were_told_different_things_say_so(self):
+        tensors = support.pack_file([40])
+        (self.folder / "0.safetensors").write_bytes(support.safetensors_bytes(tensors))
+        tensors["v"] = (*tensors["v"][:2], tensors["v"][2][:-1] + b"\0")
+        (self.folder / "1.safetensors").write_bytes(support.safetensors_bytes(tensors))
+        for name in ("0", "1"):
+            (self.folder / f"{name}.txt").write_text(f"document {name}")
+        lengths = "--lengths 40"
+        for first, second, named in (
+            (lengths, f"{lengths} --seed 7", "rank 1 has --seed 7, rank 0 has --seed 0"),
+            (lengths, "--lengths 30,10", "rank 1 has a pack of 40 tokens in 2 documents"),
+            (lengths, f"{lengths} --check", "rank 1 has --check true, rank 0 has --check false"),
+            (f"{lengths} --output a", lengths, "rank 1 has --output nowhere, rank 0 has --output a"),
+            (lengths, f"{lengths} --forward-only", "has a backward"),
+            (lengths, f"{lengths} --max-tokens 9", "rank 1 has --max-tokens 9"),
+            (lengths, f"{lengths} --json", "rank 1 has --json true"),
+            (lengths, f"{lengths} --dtype float16", "rank 1 has --dtype float16"),
+            ("--input 0.safetensors", "--input 1.safetensors", "rank 1 has documents or tensors"),
+            ("--documents 0.txt", "--documents 1.txt", "rank 1 has documents or tensors"),
+            ("--documents 0.txt", "--lengths 10", "rank 1 has a pack from --lengths"),
+        ):
+            finished = self.mpirun(1, "run", *first.split(), second=second.split())
+            said = finished.stderr.decode()
+            self.assertEqual(finished.returncode, 3, said)
+            self.assertIn("zigzag: rank 1 has ", said)
+            self.assertIn(named, said)
+            self.assertIn("; all ranks must be given the same\n", said)
+            self.assertEqual(finished.stdout, b"")
+            self.assertFalse((self.folder / "a").exists())
+
+    def test_benchmarks_of_attention_refuse_mpirun(self):
+        finished = self.mpirun(2, "bench", "attention", "--lengths", "50")
+        self.assertEqual(finished.returncode, 2)
+        self.assertIn("start it without mpirun", finished.stderr.decode())
 
     def test_bad_input_is_said_once(self):
         finished = self.mpirun(3, "run", "--lengths", "5,x", "--comm", "mpi")
