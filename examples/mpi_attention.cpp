@@ -5,8 +5,6 @@
 // Every process draws the same pack from a seed, takes its zigzag rows, and computes attention and
 // its gradients together with the others. Rank 0 then compares the rows of all processes with one
 // rank's: out and dq bit for bit, dk and dv up to float32 rounding.
-#include <mpi.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -15,6 +13,8 @@
 #include <limits>
 #include <random>
 #include <vector>
+
+#include <mpi.h>
 
 #include "zigzag/zigzag.h"
 
@@ -105,8 +105,7 @@ bool main_on_ranks() {
   const std::vector<std::int64_t> lengths = {509, 3, 250};
   const auto plan = zigzag::Plan::from_lengths(lengths, group.size());
   const Step mine = run(plan, group);
-  const Step alone =
-      run(zigzag::Plan::from_lengths(lengths, 1), zigzag::Communicator::self());
+  const Step alone = run(zigzag::Plan::from_lengths(lengths, 1), zigzag::Communicator::self());
 
   struct Row {
     const char* name;

@@ -18,7 +18,9 @@ RowView::RowView(const TensorView& view) {
         fmt::format("a tensor of shape {} has no rows to exchange", shape_text(view.shape)));
   }
   const std::int64_t item = item_size(view.dtype);
-  if (view.shape.size() > 1 && view.shape.back() > 1 && view.strides.back() != 1) {
+  // Tensors without elements come with any strides.
+  if (view.shape.size() > 1 && view.num_elements() > 0 && view.shape.back() > 1 &&
+      view.strides.back() != 1) {
     throw InvalidArgument(
         fmt::format("a tensor of shape {} has stride {} in its last dimension; "
                     "it must be 1",
