@@ -82,7 +82,7 @@ const char* source_name(const PackOptions& pack) {
 
 // Processes started with different flags or files would exchange rows that do not belong together,
 // or wait for each other.
-void check_agreement(const Options& options, const PackSource& source,
+void check_agreement(const Options& options, const PackSource& source, std::uint64_t contents,
                      const AttentionOptions& attention, bool backward, const Group& group) {
   if (!group.is_mpi()) return;
   const io::ModelShape& shape = source.shape();
@@ -91,32 +91,32 @@ void check_agreement(const Options& options, const PackSource& source,
   Fingerprint pack;
   pack.add(std::as_bytes(std::span(ends)));
   const auto text = [](const auto& value) { return fmt::format("{}", value); };
-  agree_on(group, {{"version", std::string(version())},
-                   {"--device", group.device()},
-                   {"--comm", group.comm()},
-                   {"a pack from", source_name(options.pack)},
-                   {"--max-tokens", text(options.pack.max_tokens)},
-                   {"--heads", text(shape.heads)},
-                   {"--kv-heads", text(shape.kv_heads)},
-                   {"--head-dim", text(shape.head_dim)},
-                   {"--dtype", std::string(dtype_name(source.dtype()))},
-                   {"--seed", text(options.pack.seed)},
-                   {"--causal", text(mask.causal)},
-                   {"--window", fmt::format("{},{}", mask.window_left, mask.window_right)},
-                   {"--softcap", text(attention.softcap)},
-                   {"--scale", options.mask.scale ? text(*options.mask.scale) : "1/sqrt(head_dim)"},
-                   {"--kernels", std::string(kernels_name(*attention.kernels))},
-                   {"--kv-heads-per-stage", text(attention.kv_heads_per_stage)},
-                   {"--deterministic", text(attention.deterministic)},
-                   {"a backward (--backward, --forward-only, dout of --input):", text(backward)},
-                   {"--check", text(options.check)},
-                   {"--json", text(options.json)},
-                   {"--output", options.output.empty() ? "nowhere" : options.output},
-                   {"a pack of",
-                    fmt::format("{} tokens in {} documents with lengths of fingerprint {:016x}",
-                                ends.back(), ends.size() - 1, pack.value())},
-                   {"documents or tensors with contents of fingerprint",
-                    fmt::format("{:016x}", source.contents())}});
+  agree_on(
+      group,
+      {{"version", std::string(version())},
+       {"--device", group.device()},
+       {"--comm", group.comm()},
+       {"a pack from", source_name(options.pack)},
+       {"--max-tokens", text(options.pack.max_tokens)},
+       {"--heads", text(shape.heads)},
+       {"--kv-heads", text(shape.kv_heads)},
+       {"--head-dim", text(shape.head_dim)},
+       {"--dtype", std::string(dtype_name(source.dtype()))},
+       {"--seed", text(options.pack.seed)},
+       {"--causal", text(mask.causal)},
+       {"--window", fmt::format("{},{}", mask.window_left, mask.window_right)},
+       {"--softcap", text(attention.softcap)},
+       {"--scale", options.mask.scale ? text(*options.mask.scale) : "1/sqrt(head_dim)"},
+       {"--kernels", std::string(kernels_name(*attention.kernels))},
+       {"--kv-heads-per-stage", text(attention.kv_heads_per_stage)},
+       {"--deterministic", text(attention.deterministic)},
+       {"a backward (--backward, --forward-only, dout of --input):", text(backward)},
+       {"--check", text(options.check)},
+       {"--json", text(options.json)},
+       {"--output", options.output.empty() ? "nowhere" : options.output},
+       {"a pack of", fmt::format("{} tokens in {} documents with lengths of fingerprint {:016x}",
+                                 ends.back(), ends.size() - 1, pack.value())},
+       {"documents or tensors with contents of fingerprint", fmt::format("{:016x}", contents)}});
 }
 
 void check_memory(const Job& job, const Group& group) {
@@ -147,8 +147,10 @@ int run(const Options& options) {
   const std::unique_ptr<PackSource> source = open_source(options.pack, options.shape);
   check_job(options, *source);
   const bool backward = !options.forward_only && (options.backward || source->wants_backward());
+  // Read while a file that fails is still this process's own matter: nobody waits for it yet.
+  const std::uint64_t contents = launched_processes() > 1 ? source->contents() : 0;
   const Group group(options.group);
-  check_agreement(options, *source, attention, backward, group);
+  check_agreement(options, *source, contents, attention, backward, group);
   const Plan plan(source->cu_seqlens(), group.size());
 
   Job job;
