@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Counts the instructions of three fixed kernel cases and compares them with the repository's.
 
-A change that makes the kernels slower is seen without a quiet machine. The AVX2 kernels run, on one
-thread: valgrind 3.19 knows no AVX-512. Counts depend on the compiler; results/callgrind.json says which.
+A change that makes the kernels slower is seen without a quiet machine. The AVX2 kernels run, on
+one thread: valgrind 3.19 knows no AVX-512. Counts depend on the compiler;
+results/callgrind.json says which.
 """
 
 import argparse
@@ -62,7 +63,9 @@ def main() -> int:
     counts = {case: count_instructions(program, case) for case in CASES}
     built_with = compiler(program)
     if options.update:
-        STORED.write_text(json.dumps({"compiler": built_with, "instructions": counts}, indent=2) + "\n")
+        STORED.write_text(
+            json.dumps({"compiler": built_with, "instructions": counts}, indent=2) + "\n"
+        )
         print(f"stored in {STORED}: {counts}")
         return 0
     stored = json.loads(STORED.read_text())

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Compares the CPU kernels with PyTorch's scaled_dot_product_attention, interleaved in one run.
 
-Needs an environment of its own with torch==2.13.0 and a build with benchmarks (cpu_kernels). Each
-round measures, of every shape, PyTorch and then Zigzag with the multiply-add peak beside it; the best
-round counts. FLOPs are causal: 4 x heads x head_dim x L^2 / 2 forward, 3.5 times that with backward.
+Needs an environment of its own with torch==2.13.0 and a build with benchmarks (cpu_kernels).
+Each round measures, of every shape, PyTorch and then Zigzag with the multiply-add peak beside it;
+the best round counts. FLOPs are causal: 4 x heads x head_dim x L^2 / 2 forward, 3.5 times that
+with backward.
 """
 
 import argparse
@@ -84,15 +85,19 @@ def main() -> None:
                     *zigzag_rates(program, shape, number, options.threads),
                 )
                 key = (name, *shape)
-                rows[key] = tuple(map(max, zip(rows.get(key, figures), figures)))
-    print("| type | documents x L, heads, d | peak | forward: PyTorch | Zigzag | ratio | of peak "
-          "| fwd+bwd: PyTorch | Zigzag | ratio | of peak |")
+                rows[key] = tuple(map(max, zip(rows.get(key, figures), figures, strict=True)))
+    print(
+        "| type | documents x L, heads, d | peak | forward: PyTorch | Zigzag | ratio | of peak "
+        "| fwd+bwd: PyTorch | Zigzag | ratio | of peak |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     table = []
     for (name, documents, length, heads, dim), (tf, tb, zf, zb, peak) in rows.items():
-        print(f"| {name} | {documents} x {length}, {heads}, {dim} | {peak:.0f} | {tf:.0f} | {zf:.0f} "
-              f"| {zf / tf:.2f} | {zf / peak:.2f} | {tb:.0f} | {zb:.0f} | {zb / tb:.2f} "
-              f"| {zb / peak:.2f} |")
+        print(
+            f"| {name} | {documents} x {length}, {heads}, {dim} | {peak:.0f} | {tf:.0f} | {zf:.0f} "
+            f"| {zf / tf:.2f} | {zf / peak:.2f} | {tb:.0f} | {zb:.0f} | {zb / tb:.2f} "
+            f"| {zb / peak:.2f} |"
+        )
         table.append(
             {
                 "dtype": name,
@@ -109,7 +114,9 @@ def main() -> None:
         )
     if options.out:
         options.out.write_text(
-            json.dumps({"torch": torch.__version__, "threads": options.threads, "rows": table}, indent=2)
+            json.dumps(
+                {"torch": torch.__version__, "threads": options.threads, "rows": table}, indent=2
+            )
             + "\n"
         )
 

@@ -1,6 +1,7 @@
 """cuDNN's attention called directly through PyTorch, one dense causal document: the yardstick of
 gpu_bench's section `attention`. Prints a table and writes JSON to the file given."""
 
+import itertools
 import json
 import statistics
 import sys
@@ -20,7 +21,7 @@ def median_ms(call, warmup, repeats):
         call()
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:]))
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 
 def measure(tokens):
@@ -58,7 +59,8 @@ def main():
     for tokens in (8192, 32768):
         results[f"[{tokens}]"] = line = measure(tokens)
         print(
-            f"cuDNN direct [{tokens}] fwd {line['forward_ms']:.3f} ms {line['forward_tflops']:.1f} TFLOP/s"
+            f"cuDNN direct [{tokens}] fwd {line['forward_ms']:.3f} ms"
+            f" {line['forward_tflops']:.1f} TFLOP/s"
             f"  bwd {line['backward_ms']:.3f} ms {line['backward_tflops']:.1f} TFLOP/s"
         )
     if len(sys.argv) > 1:

@@ -1,4 +1,6 @@
-"""Every malformed pack, file, flag and combination: exit code 2 (3: environment), one sentence, nothing written.
+"""Every malformed pack, file, flag and combination.
+
+Each ends with exit code 2 (3: environment) and one sentence, and nothing is written.
 
 docs/bad-input.md is the table of these cases. `bad_input_test.py COMMAND --write` writes it anew.
 """
@@ -86,8 +88,10 @@ FLAGS = [
     ("0 heads", "run --lengths 5 --ranks 2 --heads 0"),
     ("KV heads that do not divide the heads", "run --lengths 5 --ranks 2 --heads 6 --kv-heads 4"),
     ("more KV heads than heads", "plan --lengths 5 --ranks 2 --heads 2 --kv-heads 4"),
-    ("stage that does not divide the KV heads",
-     "run --lengths 5 --ranks 2 --kv-heads 8 --kv-heads-per-stage 3"),
+    (
+        "stage that does not divide the KV heads",
+        "run --lengths 5 --ranks 2 --kv-heads 8 --kv-heads-per-stage 3",
+    ),
     ("stage that is a word", "run --lengths 5 --ranks 2 --kv-heads-per-stage some"),
     ("head_dim too large", "run --lengths 5 --ranks 2 --head-dim 257"),
     ("head_dim 0", "run --lengths 5 --ranks 2 --head-dim 0"),
@@ -101,8 +105,7 @@ FLAGS = [
     ("window without numbers", "run --lengths 5 --ranks 2 --window ,"),
     ("window that is a word", "run --lengths 5 --ranks 2 --window wide"),
     ("negative window", "run --lengths 5 --ranks 2 --window -7"),
-    ("window beyond every pack",
-     "run --lengths 5 --ranks 2 --window 9223372036854775807"),
+    ("window beyond every pack", "run --lengths 5 --ranks 2 --window 9223372036854775807"),
     ("window of three numbers", "run --lengths 5 --ranks 2 --window 1,2,3"),
     ("causal window to the right", "run --lengths 5 --ranks 2 --window 4,4"),
     ("scale that is not a number", "run --lengths 5 --ranks 2 --scale nan"),
@@ -141,8 +144,7 @@ FILES = [
     ("output in a missing folder", "run --lengths 5 --ranks 2 --output none/o.safetensors"),
     ("output that is a folder", "run --lengths 5 --ranks 2 --output empty_folder"),
     ("output that is a device", "run --lengths 5 --ranks 2 --output /dev/null"),
-    ("output over the input",
-     "run --input in.safetensors --ranks 2 --output ./in.safetensors"),
+    ("output over the input", "run --input in.safetensors --ranks 2 --output ./in.safetensors"),
     ("output over a document", "run --documents a.txt --ranks 2 --output a.txt"),
     ("picture in a missing folder", "plan --lengths 5 --ranks 2 --svg none/p.svg"),
 ]
@@ -167,17 +169,22 @@ INPUTS = [
     ("type that is a number", header_file({"q": {**ONE, "dtype": 7}}, bytes(8))),
     ("negative size", header_file({"q": {**ONE, "shape": [-2]}}, bytes(8))),
     ("fractional size", header_file({"q": {**ONE, "shape": [1.5]}}, bytes(8))),
-    ("shape that overflows",
-     header_file({"q": {**ONE, "shape": [2**40, 2**40, 2**40]}}, bytes(8))),
+    ("shape that overflows", header_file({"q": {**ONE, "shape": [2**40, 2**40, 2**40]}}, bytes(8))),
     ("too many dimensions", header_file({"q": {**ONE, "shape": [1] * 40}}, bytes(8))),
-    ("offsets that do not fit the shape",
-     header_file({"q": {**ONE, "data_offsets": [0, 12]}}, bytes(12))),
+    (
+        "offsets that do not fit the shape",
+        header_file({"q": {**ONE, "data_offsets": [0, 12]}}, bytes(12)),
+    ),
     ("offsets backwards", header_file({"q": {**ONE, "data_offsets": [8, 0]}}, bytes(8))),
     ("three offsets", header_file({"q": {**ONE, "data_offsets": [0, 8, 8]}}, bytes(8))),
-    ("overlapping tensors",
-     header_file({"q": ONE, "k": {**ONE, "data_offsets": [4, 12]}}, bytes(12))),
-    ("gap between tensors",
-     header_file({"q": ONE, "k": {**ONE, "data_offsets": [12, 20]}}, bytes(20))),
+    (
+        "overlapping tensors",
+        header_file({"q": ONE, "k": {**ONE, "data_offsets": [4, 12]}}, bytes(12)),
+    ),
+    (
+        "gap between tensors",
+        header_file({"q": ONE, "k": {**ONE, "data_offsets": [12, 20]}}, bytes(20)),
+    ),
     ("data cut off", VALID[:-10]),
     ("data too long", VALID + b"more"),
     ("no q", changed(q=None)),
@@ -192,9 +199,12 @@ INPUTS = [
     ("dout of another shape", changed(dout=floats(8, 4, 4))),
     ("heads that KV heads do not divide", changed(k=floats(8, 3, 8), v=floats(8, 3, 8))),
     ("no heads", changed(q=floats(8, 0, 8), dout=floats(8, 0, 8))),
-    ("head_dim of 300",
-     changed(q=floats(8, 4, 300), k=floats(8, 2, 300), v=floats(8, 2, 300),
-             dout=floats(8, 4, 300))),
+    (
+        "head_dim of 300",
+        changed(
+            q=floats(8, 4, 300), k=floats(8, 2, 300), v=floats(8, 2, 300), dout=floats(8, 4, 300)
+        ),
+    ),
     ("cu_seqlens of floats", changed(cu_seqlens=floats(3))),
     ("cu_seqlens of two dimensions", changed(cu_seqlens=("I32", [1, 3], bytes(12)))),
     ("empty cu_seqlens", changed(cu_seqlens=("I32", [0], b""))),
@@ -231,8 +241,9 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def sentence_of(arguments: str, content: bytes = VALID, env: dict | None = None,
-                code: int = 2) -> str:
+def sentence_of(
+    arguments: str, content: bytes = VALID, env: dict | None = None, code: int = 2
+) -> str:
     """Runs one case in a fresh folder and returns its sentence."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -271,7 +282,9 @@ def command_rows(cases: list[tuple]) -> list[list[str]]:
         for machine_dependent in ("; allowed here: ", " needs about "):
             before, found, _ = sentence.partition(machine_dependent)
             sentence = before + found + "..." if found else sentence
-        command = " ".join([*(f"{k}={shlex.quote(v)}" for k, v in env.items()), f"zigzag {arguments}".strip()])
+        command = " ".join(
+            [*(f"{k}={shlex.quote(v)}" for k, v in env.items()), f"zigzag {arguments}".strip()]
+        )
         rows.append([name, f"`{escaped(command)}`", escaped(sentence)])
     return rows
 

@@ -8,13 +8,29 @@ from support import CommandTest
 
 class BenchTest(CommandTest):
     def test_layout(self):
-        result = self.passes("bench", "layout", "--lengths", "700,3,0,90", "--ranks", 3,
-                             "--kv-heads", 2, "--repeat", 2, "--threads", "1,2", "--json").json()
+        result = self.passes(
+            "bench",
+            "layout",
+            "--lengths",
+            "700,3,0,90",
+            "--ranks",
+            3,
+            "--kv-heads",
+            2,
+            "--repeat",
+            2,
+            "--threads",
+            "1,2",
+            "--json",
+        ).json()
         self.assertEqual(result["benchmark"], "layout")
         self.assertEqual(
             [(r["operation"], r["threads"]) for r in result["rows"]],
-            [(name, threads) for threads in (1, 2)
-             for name in ("memcpy", "shard", "unshard", "extract", "scatter")],
+            [
+                (name, threads)
+                for threads in (1, 2)
+                for name in ("memcpy", "shard", "unshard", "extract", "scatter")
+            ],
         )
         for row in result["rows"]:
             self.assertEqual(row["#wrong"], 0)
@@ -23,9 +39,25 @@ class BenchTest(CommandTest):
     def test_attention(self):
         for dtype in ("float32", "bfloat16"):
             result = self.passes(
-                "bench", "attention", "--lengths", "300,41", "--ranks", 3, "--heads", 4,
-                "--kv-heads", 2, "--head-dim", 64, "--dtype", dtype, "--repeat", 2,
-                "--threads", "1", "--json",
+                "bench",
+                "attention",
+                "--lengths",
+                "300,41",
+                "--ranks",
+                3,
+                "--heads",
+                4,
+                "--kv-heads",
+                2,
+                "--head-dim",
+                64,
+                "--dtype",
+                dtype,
+                "--repeat",
+                2,
+                "--threads",
+                "1",
+                "--json",
             ).json()
             self.assertEqual([r["pass"] for r in result["rows"]], ["forward", "backward", "both"])
             for row in result["rows"]:
@@ -34,15 +66,17 @@ class BenchTest(CommandTest):
                     self.assertGreater(row[column], 0)
 
     def test_plan(self):
-        result = self.passes("bench", "plan", "--lengths", "70000,3,900", "--ranks", 16,
-                             "--repeat", 2, "--json").json()
+        result = self.passes(
+            "bench", "plan", "--lengths", "70000,3,900", "--ranks", 16, "--repeat", 2, "--json"
+        ).json()
         self.assertEqual([r["#wrong"] for r in result["rows"]], [0] * len(result["rows"]))
         self.assertIn("build the plan", [r["what"] for r in result["rows"]])
 
     def test_tables(self):
         for benchmark in ("layout", "attention", "plan"):
-            table = self.passes("bench", benchmark, "--lengths", "64,9", "--ranks", 2,
-                                "--repeat", 1, "--threads", 1).out
+            table = self.passes(
+                "bench", benchmark, "--lengths", "64,9", "--ranks", 2, "--repeat", 1, "--threads", 1
+            ).out
             self.assertIn("#wrong", table)
 
 

@@ -36,7 +36,9 @@ class DocsTest(unittest.TestCase):
 
     def test_environment_variables(self):
         """Every variable that the code reads is on the page."""
-        sources = [p for folder in ("src", "cli") for p in (support.REPOSITORY / folder).rglob("*.cpp")]
+        sources = [
+            p for folder in ("src", "cli") for p in (support.REPOSITORY / folder).rglob("*.cpp")
+        ]
         used = {
             name
             for path in sources

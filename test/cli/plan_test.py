@@ -28,9 +28,7 @@ class PlanTest(CommandTest):
         plan = self.passes("plan", "--lengths", "512,1024,768", "--ranks", 4, "--json").json()
         owner = {}
         for rank in plan["ranks"]:
-            self.assertEqual(
-                sum(s["end"] - s["begin"] for s in rank["segments"]), rank["tokens"]
-            )
+            self.assertEqual(sum(s["end"] - s["begin"] for s in rank["segments"]), rank["tokens"])
             for s in rank["segments"]:
                 self.assertIn(s["chunk"], (rank["rank"], 7 - rank["rank"]))
                 for token in range(s["begin"], s["end"]):
@@ -68,8 +66,9 @@ class PlanTest(CommandTest):
             "plan", "--documents", "docs", "--max-tokens", 4, "--ranks", 1, "--json"
         ).json()
         self.assertEqual(plan["total_tokens"], 4)
-        self.assertIn("cut 'docs/b/x' after 1 of 5 bytes: the limit of 4 tokens is reached",
-                      plan["notes"])
+        self.assertIn(
+            "cut 'docs/b/x' after 1 of 5 bytes: the limit of 4 tokens is reached", plan["notes"]
+        )
 
     def test_window_gathers_less(self):
         both = [
@@ -82,8 +81,18 @@ class PlanTest(CommandTest):
 
     def test_prediction(self):
         slow, fast = (
-            self.passes("plan", "--lengths", "65536", "--ranks", 8, "--tflops", tflops,
-                        "--gbps", 50, "--json").json()["predicted"]
+            self.passes(
+                "plan",
+                "--lengths",
+                "65536",
+                "--ranks",
+                8,
+                "--tflops",
+                tflops,
+                "--gbps",
+                50,
+                "--json",
+            ).json()["predicted"]
             for tflops in (1, 2)
         )
         self.assertAlmostEqual(slow["forward_compute_s"], 2 * fast["forward_compute_s"])
@@ -104,7 +113,9 @@ class PlanTest(CommandTest):
         lengths = [rng.randint(1, 4000) for _ in range(1_000_000)]
         (self.folder / "lengths.txt").write_text("\n".join(map(str, lengths)))
         start = time.monotonic()
-        plan = self.passes("plan", "--lengths-file", "lengths.txt", "--ranks", 1024, "--json").json()
+        plan = self.passes(
+            "plan", "--lengths-file", "lengths.txt", "--ranks", 1024, "--json"
+        ).json()
         seconds = time.monotonic() - start
         self.assertEqual(sum(r["tokens"] for r in plan["ranks"]), sum(lengths))
         # The bound is 5 s on a quiet machine; tests share theirs and run under sanitizers.
@@ -133,8 +144,9 @@ class PlanTest(CommandTest):
     def test_picture_replaces_what_stands_there_only_on_success(self):
         path = self.folder / "a.svg"
         path.write_text("before")
-        self.assertEqual(self.zigzag("plan", "--lengths", "x", "--ranks", 2, "--svg", "a.svg").code,
-                         2)
+        self.assertEqual(
+            self.zigzag("plan", "--lengths", "x", "--ranks", 2, "--svg", "a.svg").code, 2
+        )
         self.assertEqual(path.read_text(), "before")
         self.passes("plan", "--lengths", "9", "--ranks", 2, "--svg", "a.svg")
         self.assertIn("<svg", path.read_text())
@@ -176,9 +188,18 @@ class HelpTest(CommandTest):
 
     def test_a_closed_pipe_does_not_crash(self):
         process = subprocess.Popen(
-            [support.COMMAND, "plan", "--lengths", ",".join(["99"] * 9000), "--ranks", "64",
-             "--segments"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=support.clean_environment(),
+            [
+                support.COMMAND,
+                "plan",
+                "--lengths",
+                ",".join(["99"] * 9000),
+                "--ranks",
+                "64",
+                "--segments",
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=support.clean_environment(),
         )
         process.stdout.read(10)
         process.stdout.close()

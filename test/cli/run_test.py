@@ -45,8 +45,21 @@ class RunTest(CommandTest):
         for dtype in DTYPES:
             for world in WORLDS:
                 run = self.passes(
-                    "run", "--documents", "docs", "--ranks", world, "--dtype", dtype,
-                    "--heads", 4, "--kv-heads", 2, "--head-dim", 32, "--check", "--json",
+                    "run",
+                    "--documents",
+                    "docs",
+                    "--ranks",
+                    world,
+                    "--dtype",
+                    dtype,
+                    "--heads",
+                    4,
+                    "--kv-heads",
+                    2,
+                    "--head-dim",
+                    32,
+                    "--check",
+                    "--json",
                 ).json()
                 check = run["check"]
                 self.assertTrue(check["passed"], f"{dtype} {world}: {check}")
@@ -85,25 +98,52 @@ class RunTest(CommandTest):
             ["--head-dim", "80", "--heads", "3", "--kv-heads", "3"],
         ):
             check = self.passes(
-                "run", "--documents", "docs", "--max-tokens", 900, "--ranks", 3, "--check",
-                "--json", *options,
+                "run",
+                "--documents",
+                "docs",
+                "--max-tokens",
+                900,
+                "--ranks",
+                3,
+                "--check",
+                "--json",
+                *options,
             ).json()["check"]
             self.assertTrue(check["passed"], options)
 
     def test_empty_packs(self):
         for lengths in ("0", "0,0", "1", "1,1,1"):
             for world in (1, 3):
-                run = self.passes("run", "--lengths", lengths, "--ranks", world, "--check",
-                                  "--json", "--output", "o.safetensors").json()
+                run = self.passes(
+                    "run",
+                    "--lengths",
+                    lengths,
+                    "--ranks",
+                    world,
+                    "--check",
+                    "--json",
+                    "--output",
+                    "o.safetensors",
+                ).json()
                 self.assertTrue(run["check"]["passed"], f"{lengths} over {world}: {run['check']}")
 
     def test_input_file(self):
         tensors = support.pack_file([70, 0, 5, 31])
         (self.folder / "in.safetensors").write_bytes(support.safetensors_bytes(tensors))
-        run = self.passes("run", "--input", "in.safetensors", "--ranks", 3, "--check", "--json",
-                          "--output", "out.safetensors").json()
-        self.assertEqual((run["tokens"], run["heads"], run["kv_heads"], run["head_dim"]),
-                         (106, 4, 2, 8))
+        run = self.passes(
+            "run",
+            "--input",
+            "in.safetensors",
+            "--ranks",
+            3,
+            "--check",
+            "--json",
+            "--output",
+            "out.safetensors",
+        ).json()
+        self.assertEqual(
+            (run["tokens"], run["heads"], run["kv_heads"], run["head_dim"]), (106, 4, 2, 8)
+        )
         self.assertTrue(run["check"]["passed"])
         self.assertIn("dv", support.read_safetensors(self.folder / "out.safetensors"))
         # The first token of a document sees itself alone: out is its v.
@@ -116,8 +156,9 @@ class RunTest(CommandTest):
         (self.folder / "in.safetensors").write_bytes(support.safetensors_bytes(tensors))
         run = self.passes("run", "--input", "in.safetensors", "--ranks", 2, "--json").json()
         self.assertIsNone(run["backward_ms"])
-        run = self.passes("run", "--input", "in.safetensors", "--ranks", 2, "--json",
-                          "--backward").json()
+        run = self.passes(
+            "run", "--input", "in.safetensors", "--ranks", 2, "--json", "--backward"
+        ).json()
         self.assertGreater(run["backward_ms"], 0)
 
     def test_a_failing_check_exits_1_and_writes_nothing(self):
@@ -130,9 +171,20 @@ class RunTest(CommandTest):
             tensors[name] = ("F16", shape, big * (shape[0] * shape[1] * shape[2]))
         (self.folder / "in.safetensors").write_bytes(support.safetensors_bytes(tensors))
         (self.folder / "o.safetensors").write_text("before")
-        finished = self.zigzag("run", "--input", "in.safetensors", "--ranks", 2, "--check",
-                               "--json", "--backward", "--scale", "1e30",
-                               "--output", "o.safetensors")
+        finished = self.zigzag(
+            "run",
+            "--input",
+            "in.safetensors",
+            "--ranks",
+            2,
+            "--check",
+            "--json",
+            "--backward",
+            "--scale",
+            "1e30",
+            "--output",
+            "o.safetensors",
+        )
         if finished.code == 0:
             self.skipTest("the engine holds the bound on this input too")
         self.assertEqual(finished.code, 1)
@@ -141,14 +193,20 @@ class RunTest(CommandTest):
         self.assertEqual((self.folder / "o.safetensors").read_text(), "before")
 
     def test_a_nan_or_inf_of_the_input_is_checked_and_spares_the_rest(self):
-        for name, value in (("q", "nan"), ("v", "nan"), ("dout", "nan"), ("v", "inf"),
-                            ("dout", "inf")):
+        for name, value in (
+            ("q", "nan"),
+            ("v", "nan"),
+            ("dout", "nan"),
+            ("v", "inf"),
+            ("dout", "inf"),
+        ):
             tensors = support.pack_file([70, 31])
             dtype, shape, data = tensors[name]
             tensors[name] = (dtype, shape, struct.pack("<f", float(value)) + data[4:])
             (self.folder / "in.safetensors").write_bytes(support.safetensors_bytes(tensors))
-            check = self.passes("run", "--input", "in.safetensors", "--ranks", 2, "--check",
-                                "--json").json()["check"]
+            check = self.passes(
+                "run", "--input", "in.safetensors", "--ranks", 2, "--check", "--json"
+            ).json()["check"]
             # Rows without it are held to the bounds: no error at all would be no comparison.
             self.assertGreater(check["dq_relative_l2"], 0, f"{value} in {name}")
             self.assertGreater(check["dk_relative_l2"], 0, f"{value} in {name}")
@@ -157,8 +215,9 @@ class RunTest(CommandTest):
         outputs = []
         for seed in (1, 1, 2):
             path = self.folder / f"{len(outputs)}.safetensors"
-            self.passes("run", "--lengths", "50", "--ranks", 2, "--seed", seed, "--output",
-                        path.name)
+            self.passes(
+                "run", "--lengths", "50", "--ranks", 2, "--seed", seed, "--output", path.name
+            )
             outputs.append(path.read_bytes())
         self.assertEqual(outputs[0], outputs[1])
         self.assertNotEqual(outputs[0], outputs[2])
@@ -167,8 +226,16 @@ class RunTest(CommandTest):
         outputs = []
         for threads in ("1", "2"):
             path = self.folder / f"{threads}.safetensors"
-            self.passes("run", "--lengths", "700,90", "--ranks", 3, "--output", path.name,
-                        env={"ZIGZAG_NUM_THREADS": threads})
+            self.passes(
+                "run",
+                "--lengths",
+                "700,90",
+                "--ranks",
+                3,
+                "--output",
+                path.name,
+                env={"ZIGZAG_NUM_THREADS": threads},
+            )
             outputs.append(path.read_bytes())
         self.assertEqual(outputs[0], outputs[1])
 
@@ -176,9 +243,21 @@ class RunTest(CommandTest):
         for number in (signal.SIGINT, signal.SIGTERM):
             for delay in (0.1, 0.6):
                 process = subprocess.Popen(
-                    [support.COMMAND, "run", "--lengths", "6000", "--ranks", "2", "--kernels",
-                     "reference", "--output", "o.safetensors"],
-                    cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                    [
+                        support.COMMAND,
+                        "run",
+                        "--lengths",
+                        "6000",
+                        "--ranks",
+                        "2",
+                        "--kernels",
+                        "reference",
+                        "--output",
+                        "o.safetensors",
+                    ],
+                    cwd=self.folder,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
                     env=support.clean_environment(),
                     # A background job starts with SIGINT ignored, which the command respects.
                     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -221,21 +300,26 @@ class MpiTest(CommandTest):
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             options.append("--allow-run-as-root")
         return subprocess.run(
-            ["mpirun", *options, "-n", str(ranks), support.COMMAND, *map(str, arguments),
-             *more],
-            cwd=self.folder, env=support.clean_environment({"ZIGZAG_NUM_THREADS": "1"}),
-            capture_output=True, timeout=200, check=False,
+            ["mpirun", *options, "-n", str(ranks), support.COMMAND, *map(str, arguments), *more],
+            cwd=self.folder,
+            env=support.clean_environment({"ZIGZAG_NUM_THREADS": "1"}),
+            capture_output=True,
+            timeout=200,
+            check=False,
         )
 
     def test_processes_give_the_bits_of_threads(self):
         for ranks in (1, 2, 4):
             arguments = ("run", "--lengths", "300,0,41,7", "--output")
-            finished = self.mpirun(ranks, *arguments, "mpi.safetensors", "--comm", "mpi",
-                                   "--check", "--json")
+            finished = self.mpirun(
+                ranks, *arguments, "mpi.safetensors", "--comm", "mpi", "--check", "--json"
+            )
             self.assertEqual(finished.returncode, 0, finished.stderr.decode())
             self.passes(*arguments, "threads.safetensors", "--ranks", ranks)
-            self.assertEqual((self.folder / "mpi.safetensors").read_bytes(),
-                             (self.folder / "threads.safetensors").read_bytes())
+            self.assertEqual(
+                (self.folder / "mpi.safetensors").read_bytes(),
+                (self.folder / "threads.safetensors").read_bytes(),
+            )
 
     def test_ranks_that_were_told_different_things_say_so(self):
         tensors = support.pack_file([40])
@@ -249,7 +333,11 @@ class MpiTest(CommandTest):
             (lengths, f"{lengths} --seed 7", "rank 1 has --seed 7, rank 0 has --seed 0"),
             (lengths, "--lengths 30,10", "rank 1 has a pack of 40 tokens in 2 documents"),
             (lengths, f"{lengths} --check", "rank 1 has --check true, rank 0 has --check false"),
-            (f"{lengths} --output a", lengths, "rank 1 has --output nowhere, rank 0 has --output a"),
+            (
+                f"{lengths} --output a",
+                lengths,
+                "rank 1 has --output nowhere, rank 0 has --output a",
+            ),
             (lengths, f"{lengths} --forward-only", "has a backward"),
             (lengths, f"{lengths} --max-tokens 9", "rank 1 has --max-tokens 9"),
             (lengths, f"{lengths} --json", "rank 1 has --json true"),

@@ -80,7 +80,11 @@ def read_safetensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        tensors[name] = (entry["dtype"], entry["shape"], data[8 + length + begin : 8 + length + end])
+        tensors[name] = (
+            entry["dtype"],
+            entry["shape"],
+            data[8 + length + begin : 8 + length + end],
+        )
     return tensors
 
 
