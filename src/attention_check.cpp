@@ -3,6 +3,7 @@
 #include <cmath>
 #include <sstream>
 
+#include "plan_data.h"
 #include "zigzag/error.h"
 
 namespace zigzag {
@@ -125,14 +126,7 @@ void check_lse(const Named& lse, const Named& q) {
 }
 
 void check_options(const AttentionOptions& options, int64_t kv_heads) {
-  const auto check_window = [](const char* name, int64_t value) {
-    if (value < -1) {
-      throw InvalidArgument(std::string(name) + " is " + text(value) +
-                            "; it must be -1 (unbounded) or a number of tokens");
-    }
-  };
-  check_window("window_left", options.mask.window_left);
-  check_window("window_right", options.mask.window_right);
+  check_mask(options.mask);
   // Scores are float32: beyond this range they would all be 0, infinite or NaN.
   const auto fits = [](double value) {
     return std::isfinite(value) && std::abs(value) >= kSmallestFactor &&

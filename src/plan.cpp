@@ -49,6 +49,8 @@ void check_cu_seqlens(std::span<const int64_t> cu_seqlens) {
   }
 }
 
+}  // namespace
+
 void check_mask(const Mask& mask) {
   const auto check = [](const char* name, int64_t value) {
     if (value < -1) {
@@ -59,8 +61,6 @@ void check_mask(const Mask& mask) {
   check("window_left", mask.window_left);
   check("window_right", mask.window_right);
 }
-
-}  // namespace
 
 int64_t Mask::first_key(int64_t i) const {
   return window_left < 0 ? 0 : std::max<int64_t>(0, i - window_left);

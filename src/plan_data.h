@@ -12,6 +12,9 @@ namespace zigzag {
 /// Wide enough for the visible pairs of a document of 2^56 tokens.
 __extension__ using Pairs = __int128;
 
+/// Throws InvalidArgument unless both window bounds are -1 or more.
+void check_mask(const Mask& mask);
+
 struct Plan::Data {
   Data(std::vector<std::int64_t> cu, std::int64_t world);
 
