@@ -72,8 +72,15 @@ Record make_record(const Agreement& a) {
 using Describe = std::string (*)(const Record&);
 
 std::string describe_operation(const Record& r) {
-  const bool forward = r.direction == static_cast<std::uint8_t>(Direction::kForward);
-  return forward ? "started a forward" : "started a backward";
+  switch (static_cast<Direction>(r.direction)) {
+    case Direction::kForward:
+      return "started a forward";
+    case Direction::kBackward:
+      return "started a backward";
+    case Direction::kConnect:
+      return "came with a GPU that its group does not exchange through yet";
+  }
+  return "started something unknown";
 }
 std::string describe_pack(const Record& r) {
   return fmt::format("has a pack of {} tokens in {} documents over {} ranks (fingerprint {:016x})",

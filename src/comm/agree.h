@@ -10,8 +10,8 @@
 
 namespace zigzag::comm {
 
-/// Which operation a rank is about to start.
-enum class Direction : std::uint8_t { kForward, kBackward };
+/// Which operation a rank is about to start; kConnect: to exchange through GPUs it has not used yet.
+enum class Direction : std::uint8_t { kForward, kBackward, kConnect };
 
 /// What every rank of a collective call must pass alike. A rank whose own arguments are invalid
 /// sets `error` and takes part all the same, so that its peers get a sentence and not a hang; the

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "comm/transport.h"
@@ -17,5 +18,8 @@ std::vector<std::shared_ptr<Transport>> make_threads_transports(int size, double
 std::shared_ptr<Transport> make_mpi_transport(void* mpi_comm, double timeout);
 
 std::shared_ptr<Transport> make_callback_transport(CallbackCollectives collectives);
+
+/// Why ranks cannot exchange through NCCL here; empty when they can. Never throws.
+std::string why_no_nccl() noexcept;
 
 }  // namespace zigzag::comm

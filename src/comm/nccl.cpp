@@ -8,6 +8,7 @@
 #include <dlfcn.h>
 
 #include "comm/device_rows.h"
+#include "comm/factories.h"
 #include "comm/nccl_library.h"
 #include "comm/nccl_watch.h"
 #include "comm/wait.h"
@@ -233,6 +234,15 @@ class NcclTransport final : public Transport {
 const NcclLibrary& NcclLibrary::get() {
   static const NcclLibrary library = open_nccl();
   return library;
+}
+
+std::string why_no_nccl() noexcept {
+  try {
+    (void)NcclLibrary::get();
+    return "";
+  } catch (const std::exception& error) {
+    return error.what();
+  }
 }
 
 void NcclLibrary::check(ncclResult_t result, const char* what) const {

@@ -179,8 +179,12 @@ PeerGroup::~PeerGroup() {
   int previous = 0;
   (void)cudaGetDevice(&previous);
   (void)cudaSetDevice(device_);
-  // Memory of peers may go once this rank's reads of it have ended.
-  if (used_) (void)cudaStreamSynchronize(last_stream_);
+  // Memory of peers may go once this rank's reads of it have ended. The stream may be gone by now:
+  // it belongs to the thread that made the call.
+  if (exchange_ > 0) {
+    const auto ring = static_cast<std::size_t>((exchange_ - 1) % kPeerRing);
+    (void)cudaEventSynchronize(share_->consumed[ring]);
+  }
   for (Peer& peer : peers_) {
     if (peer.same_process) continue;
     for (void* mapped : peer.mapped) {
@@ -198,7 +202,6 @@ PeerGroup::~PeerGroup() {
 
 void* PeerGroup::begin(std::int64_t bytes, cudaStream_t stream) {
   last_stream_ = stream;
-  used_ = true;
   const auto slot = static_cast<int>(exchange_ % kPeerSlots);
   if (exchange_ >= kPeerSlots) {
     // Recorded by every peer before it came to the last exchange, so these waits bind to it.

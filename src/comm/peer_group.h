@@ -92,7 +92,6 @@ class PeerGroup {
   std::int64_t exchange_ = 0;
   std::array<std::int64_t, kPeerSlots> published_capacity_{};
   cudaStream_t last_stream_ = nullptr;
-  bool used_ = false;
 };
 
 }  // namespace zigzag::comm

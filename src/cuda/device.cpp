@@ -49,6 +49,19 @@ PinnedPool& pinned_pool() {
   return *pool;
 }
 
+/// Calls that a capture of another thread or library forbids, but that have nothing to do with the
+/// captured stream, are allowed while this lives.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 bool capturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   if (stream == nullptr) return false;
@@ -65,6 +78,7 @@ DeviceTable::DeviceTable(int device, cudaMemPool_t pool, cudaStream_t stream, co
                          std::size_t bytes)
     : device_(device), upload_stream_(stream), bytes_(std::max<std::size_t>(bytes, 16)) {
   DeviceGuard guard(device);
+  const RelaxedCapture relaxed;
   check(cudaMallocFromPoolAsync(&memory_, bytes_, pool, stream), "cudaMallocFromPoolAsync");
   pinned_ = pinned_pool().take(bytes_);
   if (bytes != 0) std::memcpy(pinned_, data, bytes);
@@ -76,7 +90,9 @@ DeviceTable::DeviceTable(int device, cudaMemPool_t pool, cudaStream_t stream, co
 }
 
 DeviceTable::~DeviceTable() {
+  if (captured_) return;  // a graph reads it whenever it is launched
   DeviceGuard guard(device_);
+  const RelaxedCapture relaxed;
   if (in_use_) (void)cudaStreamWaitEvent(upload_stream_, used_, 0);
   (void)cudaFreeAsync(memory_, upload_stream_);
   // The page-locked copy may be overwritten only once the upload has read it.
@@ -90,13 +106,19 @@ const void* DeviceTable::acquire(cudaStream_t stream) {
   std::lock_guard lock(mutex_);
   const bool in_graph = capturing(stream);
   if (!upload_seen_) {
-    if (cudaEventQuery(uploaded_) == cudaSuccess) {
+    const RelaxedCapture relaxed;
+    if (in_graph) {
+      // A graph cannot wait for it, and may be launched at any time.
+      check(cudaEventSynchronize(uploaded_), "cudaEventSynchronize");
+      upload_seen_ = true;
+    } else if (cudaEventQuery(uploaded_) == cudaSuccess) {
       upload_seen_ = true;
     } else {
       (void)cudaGetLastError();
-      if (!in_graph) check(cudaStreamWaitEvent(stream, uploaded_, 0), "cudaStreamWaitEvent");
+      check(cudaStreamWaitEvent(stream, uploaded_, 0), "cudaStreamWaitEvent");
     }
   }
+  captured_ = captured_ || in_graph;
   // One event tells the last use, so uses on different streams form one chain.
   if (in_use_ && stream != last_stream_ && !in_graph) {
     check(cudaStreamWaitEvent(stream, used_, 0), "cudaStreamWaitEvent");

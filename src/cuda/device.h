@@ -50,6 +50,7 @@ class DeviceTable {
   cudaStream_t last_stream_ = nullptr;
   bool upload_seen_ = false;
   bool in_use_ = false;
+  bool captured_ = false;  // by a graph, which may be launched at any time: memory stays
 };
 
 /// A table acquired for the work of one scope.

@@ -38,6 +38,10 @@ std::vector<Component> components() { return {{"CUDA", false, kHowToBuild}}; }
 
 bool peers_reach(std::span<const int>) noexcept { return false; }
 
+std::string bus_id(Device) { refuse(); }
+
+std::string why_unreachable(Device, const std::string&) noexcept { return kHowToBuild; }
+
 std::string attention_engine(Device) { refuse(); }
 
 Buffer allocate(Device, std::int64_t) { refuse(); }

@@ -102,6 +102,23 @@ bool peers_reach(std::span<const int> devices) noexcept {
   return true;
 }
 
+std::string bus_id(Device device) {
+  (void)DeviceState::get(device.index);
+  char text[32] = {};
+  check(cudaDeviceGetPCIBusId(text, sizeof(text), device.index), "cudaDeviceGetPCIBusId");
+  return text;
+}
+
+std::string why_unreachable(Device device, const std::string& bus) noexcept {
+  int index = 0;
+  if (cudaDeviceGetByPCIBusId(&index, bus.c_str()) != cudaSuccess) {
+    (void)cudaGetLastError();
+    return "it is hidden from this process (CUDA_VISIBLE_DEVICES)";
+  }
+  const int pair[] = {device.index, index};
+  return peers_reach(pair) ? "" : "they have no peer access";
+}
+
 std::string attention_engine(Device device) {
   (void)DeviceState::get(device.index);
   const CudnnEngine::Presence& cudnn = CudnnEngine::presence();
