@@ -1,9 +1,12 @@
 #include <cstring>
 #include <memory>
 
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
 #include "comm/agree.h"
+#include "comm/choose.h"
+#include "cuda/runtime.h"
 #include "run.h"
 
 namespace zigzag::python {
@@ -85,6 +88,28 @@ void refuse(const Communicator& communicator, const std::string& message) {
       communicator);
 }
 
+// GPU groups: the host's messages go through `bootstrap`, whose functions may be Python's.
+Communicator on_gpu(Communicator (*make)(const Communicator&, int), const Communicator& bootstrap,
+                    int device) {
+  std::optional<Communicator> made;
+  run_operation([&] { made = make(bootstrap, device); }, bootstrap, {DeviceType::kCuda, device});
+  return *made;
+}
+
+std::pair<std::string, std::string> choose(const Communicator& bootstrap, int device,
+                                           const std::string& wanted) {
+  comm::ExchangeChoice choice;
+  run_operation(
+      [&] { choice = comm::choose_exchange(bootstrap.transport(), device, wanted); }, bootstrap,
+      {DeviceType::kCuda, device});
+  return {choice.name, choice.reason};
+}
+
+void synchronize(int device) {
+  const nb::gil_scoped_release release;
+  cuda::synchronize({DeviceType::kCuda, device}, nullptr);
+}
+
 }  // namespace
 
 void bind_communicator(nb::module_& module) {
@@ -100,6 +125,18 @@ void bind_communicator(nb::module_& module) {
           nb::arg("address") = 0)
       .def_static("callback", &make_callback, nb::arg("rank"), nb::arg("size"),
                   nb::arg("all_gather"), nb::arg("all_to_all"))
+      .def_static(
+          "peer",
+          [](const Communicator& bootstrap, int device) {
+            return on_gpu(&Communicator::peer, bootstrap, device);
+          },
+          nb::arg("bootstrap"), nb::arg("device"))
+      .def_static(
+          "nccl",
+          [](const Communicator& bootstrap, int device) {
+            return on_gpu(&Communicator::nccl, bootstrap, device);
+          },
+          nb::arg("bootstrap"), nb::arg("device"))
       .def_prop_ro("rank", &Communicator::rank)
       .def_prop_ro("size", &Communicator::size)
       .def_prop_ro("name", [](const Communicator& self) { return std::string(self.name()); })
@@ -114,6 +151,9 @@ void bind_communicator(nb::module_& module) {
           },
           nb::arg("reason"));
   module.def("refuse", &refuse, nb::arg("communicator"), nb::arg("message"));
+  module.def("choose_exchange", &choose, nb::arg("bootstrap"), nb::arg("device"),
+             nb::arg("wanted"));
+  module.def("synchronize", &synchronize, nb::arg("device"));
   module.def("timeout_seconds", &timeout_seconds);
 }
 

@@ -40,7 +40,7 @@ void run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Plan& 
                  const Tensor& out, const Tensor& lse) {
   run_operation(
       [=] { forward(q.view, k.view, v.view, plan, communicator, options, out.view, lse.view); },
-      communicator);
+      communicator, q.view.device);
 }
 
 void run_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -52,7 +52,7 @@ void run_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Te
         backward(dout.view, q.view, k.view, v.view, out.view, lse.view, plan, communicator, options,
                  dq.view, dk.view, dv.view);
       },
-      communicator);
+      communicator, q.view.device);
 }
 
 std::span<const std::int64_t> span_of(const IndexInput& values) {

@@ -109,8 +109,8 @@ Event wait_for_event(Job& job, std::chrono::milliseconds limit) {
 
 }  // namespace
 
-void run_operation(std::function<void()> work, const Communicator& communicator) {
-  if (!is_main_thread() || communicator.name() == "mpi") {
+void run_operation(std::function<void()> work, const Communicator& communicator, Device device) {
+  if (device.type != DeviceType::kCpu || !is_main_thread() || communicator.name() == "mpi") {
     // MPI_THREAD_FUNNELED: the thread that initialised MPI makes its calls.
     const nb::gil_scoped_release release;
     work();

@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
+
+#include "cuda/runtime.h"
 
 namespace zigzag::python {
 namespace {
@@ -93,6 +96,39 @@ Tensor::Tensor(nb::ndarray<nb::ro> source, const std::optional<std::string>& dty
   }
 }
 
+Tensor::Tensor(nb::object owner, std::uintptr_t address, const std::string& dtype,
+               const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& strides,
+               int gpu) {
+  view.dtype = parse_dtype(dtype);
+  view.device = {DeviceType::kCuda, gpu};
+  view.data = reinterpret_cast<void*>(address);  // NOLINT
+  view.shape = shape;
+  view.strides = strides;
+  const std::vector<std::size_t> extents(shape.begin(), shape.end());
+  const auto bits = static_cast<std::uint8_t>(8 * item_size(view.dtype));
+  array = nb::ndarray<nb::ro>(view.data, extents.size(), extents.data(), owner, strides.data(),
+                              {static_cast<std::uint8_t>(nb::dlpack::dtype_code::UInt), bits, 1},
+                              nb::device::cuda::value, gpu);
+}
+
+nb::ndarray<> Tensor::allocate(const Tensor& like, const std::vector<std::size_t>& shape) {
+  std::int64_t bytes = item_size(like.view.dtype);
+  for (const std::size_t extent : shape) bytes *= static_cast<std::int64_t>(extent);
+  auto owned = std::make_unique<Buffer>();
+  if (like.view.device.type == DeviceType::kCuda) {
+    *owned = cuda::allocate(like.view.device, bytes);
+  } else {
+    const auto size = static_cast<std::size_t>(std::max<std::int64_t>(bytes, 1));
+    owned->memory = std::shared_ptr<void>(::operator new(size),
+                                          [](void* memory) { ::operator delete(memory); });
+  }
+  void* const data = owned->memory.get();
+  nb::capsule owner(owned.release(),
+                    [](void* pointer) noexcept { delete static_cast<Buffer*>(pointer); });
+  return nb::ndarray<>(data, shape.size(), shape.data(), owner, nullptr, like.array.dtype(),
+                       like.array.device_type(), like.array.device_id());
+}
+
 IndexArray to_array(std::vector<std::int64_t> values) {
   auto owned = std::make_unique<std::vector<std::int64_t>>(std::move(values));
   std::int64_t* const data = owned->data();
@@ -112,6 +148,11 @@ void bind_tensor(nb::module_& module) {
                      "A view of an array on the CPU or on CUDA that keeps the array alive.")
       .def(nb::init<nb::ndarray<nb::ro>, const std::optional<std::string>&>(), nb::arg("array"),
            nb::arg("dtype").none() = nb::none())
+      .def(nb::init<nb::object, std::uintptr_t, const std::string&,
+                    const std::vector<std::int64_t>&, const std::vector<std::int64_t>&, int>(),
+           nb::arg("owner"), nb::arg("address"), nb::arg("dtype"), nb::arg("shape"),
+           nb::arg("strides"), nb::arg("gpu"))
+      .def("allocate", &Tensor::allocate, nb::arg("shape"))
       .def_prop_ro("shape", [](const Tensor& self) { return self.view.shape; })
       .def_prop_ro("dtype",
                    [](const Tensor& self) { return std::string(dtype_name(self.view.dtype)); })
