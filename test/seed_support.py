@@ -5,6 +5,7 @@ Runs as a torchrun script, under `torchrun -m pytest`, and without torchrun as o
 
 from __future__ import annotations
 
+import datetime
 import os
 import sys
 import traceback
@@ -63,7 +64,11 @@ def world() -> World:
             torch.cuda.set_device(device)
         if "WORLD_SIZE" in os.environ:
             # Bytes of the control plane travel on the host.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            # Ranks tell each other how a test ended; one that failed alone must not wait long.
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                timeout=datetime.timedelta(seconds=300),
+            )
         else:
             torch.set_num_threads(os.cpu_count() or 1)
         _world = World(rank, size, device)

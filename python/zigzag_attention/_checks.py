@@ -2,13 +2,67 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 Options: TypeAlias = tuple[bool, float | None, tuple[int, int], float, int | None, bool]
 
 _MAX_INTEGER = 2**63 - 1
+
+_UNSUPPORTED = {
+    "alibi": "ALiBi is not supported",
+    "block_table": "paged K and V are not supported",
+    "bias": "biases of the scores are not supported",
+    "dropout": "attention dropout is not supported",
+    "mask": "masks come from the plan's documents, causal and the window",
+    "s_aux": "attention sinks are not supported",
+    "sink": "attention sinks are not supported",
+}
+
+# What other libraries call these options.
+_ELSEWHERE = {
+    "causal": ("is_causal",),
+    "group": ("process_group", "cp_group"),
+    "kv_heads_per_stage": ("heads_k_stride",),
+    "plan": ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k"),
+    "return_attn_probs": ("return_lse", "return_softmax_lse"),
+    "return_lse": ("return_attn_probs", "return_softmax_lse"),
+    "softmax_scale": ("scale", "scaling", "sm_scale"),
+    "window": ("window_size", "sliding_window"),
+    "window_size": ("window", "sliding_window"),
+}
+
+
+def refuses_unknown(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function, with a sentence for a keyword that it does not have."""
+    known = tuple(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        for name in kwargs:
+            if name not in known:
+                raise _unknown(function.__name__, name, known)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _unknown(function: str, name: str, known: tuple[str, ...]) -> Exception:
+    for part, sentence in _UNSUPPORTED.items():
+        if part in name:
+            return ValueError(f"{name} was given to {function}; {sentence}")
+    here = [own for own in known if name in _ELSEWHERE.get(own, ())]
+    here = here or difflib.get_close_matches(name, known, 1)
+    meant = f"; {here[0]} is what it has" if here else f"; it takes {', '.join(known)}"
+    return TypeError(f"{function} has no option {name}{meant}")
 
 
 class Names(NamedTuple):

@@ -1,4 +1,5 @@
 """Bindings of the C++ library zigzag, without logic of their own."""
+# pyright: strict
 
 from collections.abc import Callable, Sequence
 from typing import Any

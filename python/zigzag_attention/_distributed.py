@@ -77,8 +77,9 @@ class _Collectives:
         on_host = torch.device("cpu") in group._device_types
         self._device = torch.device("cpu" if on_host else "cuda")
         # The newer name of the same collective warns less.
+        newer = hasattr(dist, "all_gather_single")
         self._gather: Callable[..., Any] = getattr(
-            dist, "all_gather_single", dist.all_gather_into_tensor
+            dist, "all_gather_single" if newer else "all_gather_into_tensor"
         )
 
     def all_gather(self, data: NDArray[Any], out: NDArray[Any]) -> None:
@@ -151,8 +152,9 @@ def _wait_briefly(work: Any) -> bool:
     try:
         work.wait(_POLL)
     except RuntimeError:
-        # The same type tells a short wait from a failed exchange.
-        if work.is_completed():
-            raise
-        return False
+        # The same type tells a wait that was too short from an exchange that failed.
+        if not work.is_completed():
+            return False
+        # It may have ended well between the two questions: this raises only if it did not.
+        work.wait()
     return True

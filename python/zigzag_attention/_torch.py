@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from zigzag_attention import _core, layout
 from zigzag_attention._arrays import Indices, index_array, stream_of, view
@@ -32,7 +33,8 @@ def check_transforms(*tensors: Tensor) -> None:
     """Operations and copies would lose tangents and what torch.func tracks, without a word."""
     # torch.compile cannot trace the question, and meets the transform's own error instead.
     if not torch.compiler.is_compiling():
-        for transform in torch._C._functorch.get_interpreter_stack() or ():
+        functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+        for transform in functorch.get_interpreter_stack() or ():
             kind = transform.key().name
             if kind in ("Grad", "Jvp"):
                 raise RuntimeError(
@@ -110,7 +112,9 @@ def split(a: Tensor, b: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor
 def _plan(cu_seqlens: Tensor, world_size: int) -> Plan:
     """The plan of a pack; every layer of a model asks for the same one."""
     key = (id(cu_seqlens), world_size)
-    version = -1 if cu_seqlens.is_inference() else cu_seqlens._version
+    # NumPy changes memory that it shares with a tensor without a new version; reading it is cheap.
+    watched = cu_seqlens.is_cuda and not cu_seqlens.is_inference()
+    version = cu_seqlens._version if watched else -1
     known = _plan_of_tensor.get(key)
     if known is not None and known[0]() is cu_seqlens and known[1] == version >= 0:
         return known[2]
@@ -267,8 +271,12 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, b, c, cu_seqlens, local, *ctx.options = inputs
+    a, b, c, cu_seqlens, local, world_size, *options = inputs
     out, lse = output
+    # While a graph is traced, under a mode and with stand-ins for tensors, there are no values.
+    traced = type(cu_seqlens) is not Tensor or _get_current_dispatch_mode() is not None
+    ctx.plan = None if traced else _plan(cu_seqlens, world_size)
+    ctx.options = (world_size, *options)
     # Saved tensors are watched: a cu_seqlens that is changed before the backward is an error.
     ctx.save_for_backward(out, lse, a, b, c, cu_seqlens, local)
     ctx.mark_non_differentiable(lse)
@@ -278,11 +286,21 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Any, ...]:
     out, lse, a, b, c, cu_seqlens, local = ctx.saved_tensors
     none = (None,) * (2 + len(ctx.options))
+    if ctx.plan is not None:
+        _check_unchanged(ctx.plan, cu_seqlens, *ctx.options[:2])
     if dout is None:
         # The exchange is collective: the other ranks wait for this one's part.
         dout = torch.zeros_like(out)
     da, db, dc = _attention_backward(dout, out, lse, a, b, c, cu_seqlens, local, *ctx.options)
     return (da, None if b is None else db, None if c is None else dc, *none)
+
+
+def _check_unchanged(plan: Plan, cu_seqlens: Tensor, world_size: int, group: str) -> None:
+    """Autograd watches tensors, but not the memory that one may share with NumPy."""
+    if _plan(cu_seqlens, world_size) != plan:
+        message = "cu_seqlens was changed between forward and backward; every pack needs its own"
+        _core.refuse(resolve(group)._core, message)
+        raise ValueError(message)
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:

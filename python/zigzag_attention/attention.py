@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from zigzag_attention import _core
 from zigzag_attention._arrays import ArrayT, IntArray, same_kind, view
-from zigzag_attention._checks import Names, Options, attention_options
+from zigzag_attention._checks import Names, Options, attention_options, refuses_unknown
 from zigzag_attention.communicator import Communicator, Group, handle_of, resolve
 from zigzag_attention.plan import Plan, Window, check_plan
 
@@ -98,6 +98,7 @@ def attention(
 ) -> tuple[ArrayT, ArrayT]: ...
 
 
+@refuses_unknown
 def attention(
     q: Any,
     k: Any,
@@ -145,7 +146,7 @@ def attention(
         RuntimeError: ranks disagree, or a peer or a device failed.
         TimeoutError: a peer did not come within `ZIGZAG_TIMEOUT_S` seconds.
         TypeError: q, k, v are not all NumPy arrays or all torch tensors, or an option is of a
-            wrong type.
+            wrong type or has no such name.
     """
     options = (causal, softmax_scale, window, softcap, kv_heads_per_stage, deterministic)
     check_plan(plan)
@@ -207,6 +208,7 @@ def numpy_forward(
     return out, lse
 
 
+@refuses_unknown
 def attention_backward(
     dout: NDArray[Any],
     q: NDArray[Any],

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from zigzag_attention._arrays import Indices, same_kind
+from zigzag_attention._checks import refuses_unknown
 from zigzag_attention.attention import check_options
 from zigzag_attention.communicator import Group
 from zigzag_attention.drop_in import NAMES, check_packed, check_supported
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 
+@refuses_unknown
 def llama3_flash_attn_varlen_func(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -67,13 +69,23 @@ def llama3_flash_attn_varlen_func(
         RuntimeError: ranks disagree, or a peer or a device failed.
         TimeoutError: a peer did not come within `ZIGZAG_TIMEOUT_S` seconds.
     """
-    del max_seqlen_q, max_seqlen_k
-    options = (causal, softmax_scale, window_size, 0.0, heads_k_stride, deterministic)
-    pack = (cu_seqlens_q, cu_seqlens_k, local_k_slice)
-    check_supported(dropout_p, alibi_slopes)
-    return _call("q k v", (q, k, v), pack, options, return_attn_probs, group)
+    return _call(
+        "q k v",
+        (q, k, v),
+        (cu_seqlens_q, cu_seqlens_k, local_k_slice),
+        heads_k_stride,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        group,
+    )
 
 
+@refuses_unknown
 def llama3_flash_attn_varlen_kvpacked_func(
     q: torch.Tensor,
     kv: torch.Tensor,
@@ -93,13 +105,23 @@ def llama3_flash_attn_varlen_kvpacked_func(
     group: Group = None,
 ) -> Any:
     """`llama3_flash_attn_varlen_func` for kv `[local_tokens, 2, kv_heads, head_dim]`."""
-    del max_seqlen_q, max_seqlen_k
-    options = (causal, softmax_scale, window_size, 0.0, heads_k_stride, deterministic)
-    pack = (cu_seqlens_q, cu_seqlens_k, local_k_slice)
-    check_supported(dropout_p, alibi_slopes)
-    return _call("q kv", (q, kv), pack, options, return_attn_probs, group)
+    return _call(
+        "q kv",
+        (q, kv),
+        (cu_seqlens_q, cu_seqlens_k, local_k_slice),
+        heads_k_stride,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        group,
+    )
 
 
+@refuses_unknown
 def llama3_flash_attn_varlen_qkvpacked_func(
     qkv: torch.Tensor,
     cu_seqlens_q: Indices,
@@ -118,27 +140,46 @@ def llama3_flash_attn_varlen_qkvpacked_func(
     group: Group = None,
 ) -> Any:
     """`llama3_flash_attn_varlen_func` for qkv `[local_tokens, 3, heads, head_dim]`."""
-    del max_seqlen_q, max_seqlen_k
-    options = (causal, softmax_scale, window_size, 0.0, heads_k_stride, deterministic)
-    pack = (cu_seqlens_q, cu_seqlens_k, local_k_slice)
-    check_supported(dropout_p, alibi_slopes)
-    return _call("qkv", (qkv,), pack, options, return_attn_probs, group)
+    return _call(
+        "qkv",
+        (qkv,),
+        (cu_seqlens_q, cu_seqlens_k, local_k_slice),
+        heads_k_stride,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        group,
+    )
 
 
 def _call(
     names: str,
     packed: tuple[torch.Tensor, ...],
     pack: tuple[Indices, Indices, slice],
-    options: tuple[bool, float | None, Window, float, int | None, bool],
+    heads_k_stride: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Window,
+    alibi_slopes: object,
+    deterministic: bool,
     return_attn_probs: bool,
     group: Group,
 ) -> Any:
+    """All three drop-ins; `pack` is (cu_seqlens_q, cu_seqlens_k, local_k_slice)."""
+    check_supported(dropout_p, alibi_slopes)
     if same_kind(names, *packed) != "torch":
         raise TypeError("the contiguous layout is for torch tensors; shard NumPy arrays by a Plan")
     check_packed(names, packed)
     from zigzag_attention import _contiguous, _torch
 
     world_size = _torch.world_size_of(group)
-    options = check_options(options, packed[-1], NAMES, group, world_size)
-    out, lse = _contiguous.attention(packed, pack, options, group)
+    given = (causal, softmax_scale, window_size, 0.0, heads_k_stride, deterministic)
+    options = check_options(given, packed[-1], NAMES, group, world_size)
+    exchanged: Any = _contiguous.attention
+    out, lse = exchanged(packed, pack, options, group)
     return (out, lse.T, None) if return_attn_probs else out

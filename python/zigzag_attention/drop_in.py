@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from zigzag_attention._arrays import Indices, index_array, same_kind
-from zigzag_attention._checks import Names, Options
+from zigzag_attention._checks import Names, Options, refuses_unknown
 from zigzag_attention.attention import check_local, check_options, make_options, numpy_forward
 from zigzag_attention.communicator import Group, communicator_of
 from zigzag_attention.helpers import check_n_chunks
@@ -15,6 +15,7 @@ from zigzag_attention.plan import Plan, Window
 NAMES = Names("window_size", "heads_k_stride")
 
 
+@refuses_unknown
 def zigzag_llama3_flash_attn_varlen_func(
     q: Any,
     k: Any,
@@ -91,6 +92,7 @@ def zigzag_llama3_flash_attn_varlen_func(
     )
 
 
+@refuses_unknown
 def zigzag_llama3_flash_attn_varlen_kvpacked_func(
     q: Any,
     kv: Any,
@@ -136,6 +138,7 @@ def zigzag_llama3_flash_attn_varlen_kvpacked_func(
     )
 
 
+@refuses_unknown
 def zigzag_llama3_flash_attn_varlen_qkvpacked_func(
     qkv: Any,
     cu_seqlens_q: Indices,

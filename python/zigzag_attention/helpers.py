@@ -44,8 +44,8 @@ def even_plan(cu_seqlens: Indices, world_size: int, name: str = "cu_seqlens") ->
 
 
 def _check_rows(x: Any, name: str, axis: int, plan: Plan) -> None:
-    kind_of(x, name)
-    if x.ndim <= axis or x.shape[axis] != plan.total_tokens:
+    kind_of(x, name, foreign=True)
+    if len(x.shape) <= axis or x.shape[axis] != plan.total_tokens:
         raise ValueError(
             f"{name} has shape {list(x.shape)}; dimension {axis} must be the pack's "
             f"{plan.total_tokens} tokens, as cu_seqlens (GLOBAL) says"
@@ -92,6 +92,7 @@ def rearrange_kv_from_zigzag_to_contiguous(
         The same shape, in sequence order.
     """
     plan = even_plan(cu_seqlens, world_size)
+    kind_of(kv_buffer, "kv_buffer")
     _check_pair(kv_buffer, "kv_buffer", plan)
     chunks = [plan._core.num_chunks] * plan.num_documents
     out = empty(kv_buffer, kv_buffer.shape)
@@ -115,6 +116,7 @@ def rearrange_grad_from_contiguous_to_zigzag(
         The same shape: the rows of rank 0, then those of rank 1, and so on.
     """
     plan = even_plan(cu_seqlens, world_size)
+    kind_of(grad_contiguous, "grad_contiguous")
     if grad_contiguous.ndim == 4:
         _check_pair(grad_contiguous, "grad_contiguous", plan)
     else:
@@ -253,8 +255,9 @@ def extract_zigzag_kv_slices_for_group(
         )
     chunks = _prefix_chunks(seq_ranges, plan)
     kernels = kernels_name(use_triton_kernel)
-    k = extract_prefixes(kv_buffer[0], plan, chunks, kernels)
-    v = extract_prefixes(kv_buffer[1], plan, chunks, kernels)
+    both: Any = kv_buffer
+    k: ArrayT = extract_prefixes(both[0], plan, chunks, kernels)
+    v: ArrayT = extract_prefixes(both[1], plan, chunks, kernels)
     return k, v
 
 

@@ -9,7 +9,7 @@ loss.backward()        # then SUM the gradients over the ranks
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,7 @@ class Registration:
         self._deterministic = deterministic
 
     @contextmanager
-    def pack(self, plan: Plan) -> Iterator[None]:
+    def pack(self, plan: Plan) -> Generator[None]:
         """Sets the plan for a block; forward AND backward belong inside it when gradients are
         checkpointed."""
         previous, self.plan = self.plan, plan

@@ -145,6 +145,21 @@ def test_a_new_pack_in_the_same_tensor_is_seen():
     close(second, attend(q, k, v, [3, 3, 8])[0], 2e-6)
 
 
+def test_a_new_pack_in_memory_shared_with_numpy_is_seen():
+    q, k, v, _ = draw(LENGTHS)
+    memory = CU.numpy().copy()
+    cu = torch.from_numpy(memory)
+    zigzag_llama3_flash_attn_varlen_func(q, k, v, cu, cu, 8, 8, 1, None, causal=True)
+    memory[1] = 3
+    second = zigzag_llama3_flash_attn_varlen_func(q, k, v, cu, cu, 8, 8, 1, None, causal=True)
+    close(second, attend(q, k, v, [3, 3, 8])[0], 2e-6)
+    q.requires_grad_()
+    third = zigzag_llama3_flash_attn_varlen_func(q, k, v, cu, cu, 8, 8, 1, None, causal=True)
+    memory[1] = 5
+    with pytest.raises(ValueError, match="changed between forward and backward"):
+        third.sum().backward()
+
+
 class Layer(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -156,7 +171,9 @@ class Layer(torch.nn.Module):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_models(backend):
+def test_compiled_models(backend, tmp_path, monkeypatch):
+    # Graphs that an earlier build of the package left in the cache would run instead.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     torch.manual_seed(0)
     layer = Layer()

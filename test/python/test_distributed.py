@@ -1,5 +1,6 @@
 """Groups of torch.distributed over gloo: processes that are ranks."""
 
+import pytest
 from ranks import run_processes
 
 CHECK = """
@@ -68,6 +69,32 @@ dist.destroy_process_group()
 """
         ),
     )
+
+
+class Work:
+    """Ends between a wait that is too short and the question whether it ended."""
+
+    def __init__(self, failure=None):
+        self.failure = failure
+        self.waits = 0
+
+    def is_completed(self):
+        return True
+
+    def wait(self, timeout=None):
+        self.waits += 1
+        if self.waits == 1:
+            raise RuntimeError("Operation timed out!")
+        if self.failure:
+            raise self.failure
+
+
+def test_an_exchange_that_ends_just_after_a_short_wait():
+    from zigzag_attention._distributed import _wait_briefly
+
+    assert _wait_briefly(Work())
+    with pytest.raises(RuntimeError, match="a peer closed"):
+        _wait_briefly(Work(RuntimeError("a peer closed the connection")))
 
 
 def test_one_rank_plans_need_no_exchange():
