@@ -64,6 +64,8 @@ void copy_segments(std::span<const TensorView> sources, const TensorView& out,
                    const OperationOptions& options) {
   if (out.device.type == DeviceType::kCpu) {
     cpu::copy_rows(sources, out, segments);
+  } else if (resolve(options) == Kernels::kReference) {
+    cuda::copy_rows_plain(sources, out, segments, options.stream);
   } else {
     cuda::copy_rows(sources, out, segments, key, options.stream);
   }
@@ -75,7 +77,7 @@ std::uint64_t table_key(const Plan& plan, Operation operation, int64_t detail) {
   return mixed == 0 ? 1 : mixed;
 }
 
-/// The reference twins run on the host.
+/// The reference twin of the host; a GPU has its own, a plain kernel.
 bool runs_reference(const TensorView& out, const OperationOptions& options) {
   return resolve(options) == Kernels::kReference && out.device.type == DeviceType::kCpu;
 }

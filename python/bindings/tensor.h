@@ -31,7 +31,7 @@ struct Tensor {
          const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& strides,
          int gpu);
   /// Uninitialised memory of the type and on the device of `like`.
-  static nb::ndarray<> allocate(const Tensor& like, const std::vector<std::size_t>& shape);
+  static nb::ndarray<nb::array_api> allocate(const Tensor& like, const std::vector<std::size_t>& shape);
 };
 
 /// A NumPy array [n] that owns the numbers.

@@ -1,4 +1,4 @@
-"""NumPy arrays and torch tensors behind a few functions; torch is never imported here."""
+"""NumPy arrays, torch tensors and others behind a few functions; torch is never imported here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from zigzag_attention import _core
+from zigzag_attention import _core, _foreign
 
 if TYPE_CHECKING:
     import torch
@@ -33,23 +33,27 @@ def is_torch(x: object) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
-def kind_of(x: object, name: str) -> str:
-    """ "torch" or "numpy"; TypeError for anything else."""
+def kind_of(x: object, name: str, foreign: bool = False) -> str:
+    """ "torch" or "numpy"; TypeError for anything else. With `foreign` arrays of other libraries
+    that have DLPack are "dlpack"."""
     if is_torch(x):
         return "torch"
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array; its mask would be lost, give a plain array")
     if isinstance(x, np.ndarray):
         return "numpy"
+    if foreign and _foreign.is_foreign(x):
+        return "dlpack"
     raise TypeError(
         f"{name} is a {type(x).__module__}.{type(x).__qualname__}; "
         "it must be a NumPy array or a torch tensor"
+        + (", or an array with __dlpack__" if foreign else "")
     )
 
 
-def same_kind(names: str, *arrays: object) -> str:
+def same_kind(names: str, *arrays: object, foreign: bool = False) -> str:
     """The kind of all arrays; TypeError when they mix."""
-    kinds = {kind_of(x, name) for name, x in zip(names.split(), arrays, strict=True)}
+    kinds = {kind_of(x, name, foreign) for name, x in zip(names.split(), arrays, strict=True)}
     if len(kinds) > 1:
         raise TypeError(
             f"{', '.join(names.split())} mix NumPy arrays and torch tensors; "
@@ -66,7 +70,20 @@ def view(x: Any) -> _core.Tensor:
         if x.dtype.name == "bfloat16":
             return _core.Tensor(x.view(np.uint16), "bfloat16")
         return _checked(x, str(x.dtype))
+    if x.is_cuda:
+        return _on_gpu(x)
     return _checked(x.detach(), str(x.dtype))
+
+
+def _on_gpu(x: Any) -> _core.Tensor:
+    """A CUDA tensor by its address: DLPack would ask for its device to be the current one."""
+    if x.layout != sys.modules["torch"].strided or x.is_conj() or x.is_neg():
+        raise ValueError(
+            f"an array of dtype {x.dtype} and layout {x.layout} cannot be read in place; "
+            "it must be a dense float, integer or bool array on the CPU or on CUDA"
+        )
+    name = str(x.dtype).removeprefix("torch.")
+    return _core.Tensor(x, x.data_ptr(), name, x.shape, x.stride(), x.get_device())
 
 
 def _checked(x: Any, dtype: str) -> _core.Tensor:
@@ -87,6 +104,8 @@ def bits(x: Any) -> _core.Tensor:
         if str(x.dtype).removeprefix("torch.") not in {*_NAMED, "bfloat16"}:
             return view(x.detach().view(getattr(torch, _bits_name(x.element_size(), x.dtype))))
         return view(x)
+    if not isinstance(x, np.ndarray):
+        return _foreign.view(x)
     if x.dtype.hasobject:
         raise ValueError(f"an array of dtype {x.dtype} holds Python objects; give one of numbers")
     if x.dtype.name not in _NAMED:
@@ -104,7 +123,16 @@ def empty(like: ArrayT, shape: Sequence[int]) -> ArrayT:
     """An uninitialised row-major array of the kind, type and device of `like`."""
     if isinstance(like, np.ndarray):
         return np.empty(tuple(shape), dtype=like.dtype)
+    if not is_torch(like):
+        return _foreign.empty(like, shape)
     return like.new_empty(tuple(shape))
+
+
+def deliver(out: ArrayT, like: ArrayT) -> ArrayT:
+    """What `empty` made for `like`, now that it is written, as the caller's kind of array."""
+    if isinstance(like, np.ndarray) or is_torch(like):
+        return out
+    return _foreign.deliver(out, like)
 
 
 def stream_of(x: Any) -> int:

@@ -69,13 +69,15 @@ class _Collectives:
     """The two functions that the library calls, on bytes of host memory."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        # Weak, because the table above must not keep its own keys alive.
-        self._group = weakref.ref(group)
         self._rank = dist.get_rank(group)
         self._size = dist.get_world_size(group)
-        # A group of NCCL alone moves nothing on the host: bytes go through the GPU.
-        on_host = torch.device("cpu") in group._device_types
-        self._device = torch.device("cpu" if on_host else "cuda")
+        # Weak, because the table above must not keep its own keys alive.
+        self._group: Callable[[], dist.ProcessGroup | None] = weakref.ref(group)
+        if torch.device("cpu") not in group._device_types:
+            # A group of NCCL alone moves nothing on the host, and through the GPU messages would
+            # wait for the work before them.
+            companion = _host_group(group)
+            self._group = lambda: companion
         # The newer name of the same collective warns less.
         newer = hasattr(dist, "all_gather_single")
         self._gather: Callable[..., Any] = getattr(
@@ -83,12 +85,11 @@ class _Collectives:
         )
 
     def all_gather(self, data: NDArray[Any], out: NDArray[Any]) -> None:
-        received = self._empty(out)
+        given, received = torch.from_numpy(data), torch.from_numpy(out)
         self._wait(
             "all_gather",
-            lambda group: self._gather(received, self._tensor(data), group=group, async_op=True),
+            lambda group: self._gather(received, given, group=group, async_op=True),
         )
-        self._store(received, out)
 
     def all_to_all(
         self,
@@ -97,31 +98,13 @@ class _Collectives:
         receive: NDArray[Any],
         receive_bytes: list[int],
     ) -> None:
-        received = self._empty(receive)
+        given, received = torch.from_numpy(send), torch.from_numpy(receive)
         self._wait(
             "all_to_all",
             lambda group: dist.all_to_all_single(
-                received,
-                self._tensor(send),
-                receive_bytes,
-                send_bytes,
-                group=group,
-                async_op=True,
+                received, given, receive_bytes, send_bytes, group=group, async_op=True
             ),
         )
-        self._store(received, receive)
-
-    def _tensor(self, data: NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(data).to(self._device)
-
-    def _empty(self, like: NDArray[Any]) -> torch.Tensor:
-        if self._device.type == "cpu":
-            return torch.from_numpy(like)
-        return torch.empty(like.size, dtype=torch.uint8, device=self._device)
-
-    def _store(self, received: torch.Tensor, out: NDArray[Any]) -> None:
-        if self._device.type != "cpu":
-            torch.from_numpy(out).copy_(received)
 
     def _wait(self, step: str, start: Callable[[dist.ProcessGroup], Any]) -> None:
         group = self._group()
@@ -132,9 +115,6 @@ class _Collectives:
         deadline = time.monotonic() + seconds
         try:
             work = start(group)
-            if self._device.type != "cpu":
-                work.wait()
-                return
             while not _wait_briefly(work):
                 if time.monotonic() > deadline:
                     raise TimeoutError(
@@ -145,6 +125,25 @@ class _Collectives:
             raise
         except RuntimeError as error:
             raise _core.CommunicationError(f"{where}: {step} failed: {error}") from error
+
+
+def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A gloo group of the same ranks. A collective call of these ranks alone."""
+    ranks = dist.get_process_group_ranks(group)
+    try:
+        made = dist.new_group(
+            ranks,
+            timeout=datetime.timedelta(seconds=_core.timeout_seconds()),
+            backend="gloo",
+            use_local_synchronization=True,
+        )
+    except RuntimeError as error:
+        raise _core.CommunicationError(
+            f"a torch.distributed group without a CPU backend needs a gloo group of its ranks "
+            f"beside it, and that failed: {error}"
+        ) from error
+    assert isinstance(made, dist.ProcessGroup)
+    return made
 
 
 def _wait_briefly(work: Any) -> bool:

@@ -27,6 +27,7 @@ from zigzag_attention.plan import Plan
 _MAX_PLANS = 32
 _plans: OrderedDict[tuple[bytes, int], Plan] = OrderedDict()
 _plan_of_tensor: dict[tuple[int, int], tuple[weakref.ref[Tensor], int, Plan]] = {}
+_checked_locals: dict[tuple[int, int], tuple[weakref.ref[Tensor], int, int, Plan]] = {}
 
 
 def check_transforms(*tensors: Tensor) -> None:
@@ -134,19 +135,42 @@ def _plan(cu_seqlens: Tensor, world_size: int) -> Plan:
 
 
 def _prepare(
-    cu_seqlens: Tensor, local: Tensor | None, rows: int, world_size: int, group: str
+    cu_seqlens: Tensor, local: Tensor | None, q: Tensor, world_size: int, group: str
 ) -> tuple[Plan, Communicator]:
     """The plan and the group. A rank whose arguments are wrong tells the others."""
     communicator = resolve(group)
     try:
         plan = _plan(cu_seqlens, world_size)
         check_group(communicator, world_size)
+        communicator.check_device(q.get_device() if q.is_cuda else None)
         if local is not None:
-            check_local(index_array(local, "cu_seqlens_q"), rows, plan, communicator.rank)
+            _check_local(local, q.shape[0], plan, communicator.rank)
+        if q.is_cuda and world_size > 1 and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                f"a CUDA graph is being captured and the plan is for {world_size} ranks; only "
+                "attention of one rank can be captured, since ranks exchange messages of the host"
+            )
     except ValueError as error:
         _core.refuse(communicator._core, str(error))
         raise
+    if q.is_cuda and world_size > 1:
+        communicator = communicator.on_gpu(q.get_device())
     return plan, communicator
+
+
+def _check_local(local: Tensor, rows: int, plan: Plan, rank: int) -> None:
+    """Layers ask with one tensor, and each look at one on a GPU would wait for the GPU."""
+    key = (id(local), rank)
+    version = local._version if local.is_cuda and not local.is_inference() else -1
+    known = _checked_locals.get(key)
+    if known is not None and known[0]() is local and known[1:] == (version, rows, plan):
+        if version >= 0:
+            return
+    check_local(index_array(local, "cu_seqlens_q"), rows, plan, rank)
+    if version >= 0:
+        if len(_checked_locals) > 4 * _MAX_PLANS:
+            _checked_locals.clear()
+        _checked_locals[key] = (weakref.ref(local), version, rows, plan)
 
 
 @torch.library.custom_op("zigzag::attention", mutates_args=())
@@ -168,7 +192,7 @@ def _attention(
     kernels: str,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = split(a, b, c)
-    plan, communicator = _prepare(cu_seqlens, local_cu_seqlens, q.shape[0], world_size, group)
+    plan, communicator = _prepare(cu_seqlens, local_cu_seqlens, q, world_size, group)
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     options = make_options(
@@ -215,7 +239,7 @@ def _attention_backward(
     kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = split(a, b, c)
-    plan, communicator = _prepare(cu_seqlens, local_cu_seqlens, q.shape[0], world_size, group)
+    plan, communicator = _prepare(cu_seqlens, local_cu_seqlens, q, world_size, group)
     da, db, dc = _like(a, b, c)
     dq, dk, dv = split(da, None if b is None else db, None if c is None else dc)
     if dout.stride(-1) != 1:

@@ -1,4 +1,5 @@
-"""Groups of ranks: one rank, threads, MPI, or a process group of torch.distributed."""
+"""Groups of ranks: one rank, threads, MPI, or a process group of torch.distributed; and the same
+ranks exchanging through their GPUs."""
 
 from __future__ import annotations
 
@@ -28,8 +29,13 @@ class Communicator:
     (default 300) and then raises TimeoutError.
     """
 
-    def __init__(self, core: _core.Communicator) -> None:
+    def __init__(
+        self, core: _core.Communicator, device: int | None = None, reason: str = ""
+    ) -> None:
         self._core = core
+        self._device = device
+        self._reason = reason
+        self._on_gpus: dict[int, Communicator] = {}
         self._number = next(_numbers)
         self._handle = f"comm:{self._number}"
         _by_number[self._number] = self
@@ -62,6 +68,60 @@ class Communicator:
 
         return _distributed.communicator(group)
 
+    def on_gpu(self, device: Any, exchange: str = "auto") -> Communicator:
+        """The same ranks exchanging through their GPUs; attention on CUDA tensors asks for it by
+        itself. A collective call the first time.
+
+        Args:
+            device: this rank's GPU, an index or a torch.device.
+            exchange: "peer" (the GPUs read one another's memory: one host), "nccl" (a GPU a rank,
+                any hosts) or "auto": what `ZIGZAG_GPU_COMM` says, else peer where all ranks' GPUs
+                reach each other, else nccl.
+
+        Returns:
+            The communicator of that GPU, the same at every call. `name` and `reason` say what was
+            chosen and why.
+
+        Raises:
+            ValueError: another word for `exchange`, or another exchange than that GPU has.
+            RuntimeError: no such GPU, or the GPUs cannot exchange so; on every rank.
+        """
+        index = _index_of(device)
+        if self.size == 1 or self._device is not None:
+            self.check_device(index)
+            return self
+        found = self._on_gpus.get(index)
+        if found is None:
+            name, reason = _core.choose_exchange(self._core, index, exchange)
+            make = _core.Communicator.peer if name == "peer" else _core.Communicator.nccl
+            found = Communicator(make(self._core, index), index, reason)
+            self._on_gpus[index] = found
+        elif exchange not in ("auto", found.name):
+            raise ValueError(
+                f"cuda:{index} exchanges through {found.name} in this group; it cannot become "
+                f"{exchange!r}"
+            )
+        return found
+
+    def check_device(self, index: int | None) -> None:
+        """ValueError when tensors on that GPU (None: on the CPU) do not fit."""
+        if self._device is not None and index != self._device:
+            where = "the cpu" if index is None else f"cuda:{index}"
+            raise ValueError(
+                f"rank {self.rank} has tensors on {where}; its communicator exchanges through "
+                f"cuda:{self._device}"
+            )
+
+    @property
+    def device(self) -> int | None:
+        """The GPU that this rank exchanges through, or None."""
+        return self._device
+
+    @property
+    def reason(self) -> str:
+        """Why this exchange was chosen, for a communicator of `on_gpu`."""
+        return self._reason
+
     @property
     def rank(self) -> int:
         """This rank's number in the group."""
@@ -74,7 +134,7 @@ class Communicator:
 
     @property
     def name(self) -> str:
-        """ "self", "threads", "mpi" or "callback"."""
+        """ "self", "threads", "mpi", "callback", "peer" or "nccl"."""
         return self._core.name
 
     def barrier(self) -> None:
@@ -90,7 +150,19 @@ class Communicator:
         self._core.abort(reason)
 
     def __repr__(self) -> str:
-        return f"Communicator({self.name}, rank {self.rank} of {self.size})"
+        where = "" if self._device is None else f" on cuda:{self._device}"
+        return f"Communicator({self.name}, rank {self.rank} of {self.size}{where})"
+
+
+def _index_of(device: Any) -> int:
+    """The number of a GPU."""
+    if isinstance(device, int) and not isinstance(device, bool):
+        return device
+    if getattr(device, "type", None) != "cuda":
+        raise ValueError(f"device is {device!r}; it must be a GPU: an index or a torch.device")
+    if device.index is not None:
+        return int(device.index)
+    return int(sys.modules["torch"].cuda.current_device())
 
 
 _SELF = Communicator(_core.Communicator.self())

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zigzag_attention import _core
-from zigzag_attention._arrays import ArrayT, bits, empty, kind_of, same_kind, stream_of
+from zigzag_attention._arrays import ArrayT, bits, deliver, empty, kind_of, same_kind, stream_of
 from zigzag_attention.plan import Plan, check_plan
 
 
@@ -17,7 +17,8 @@ def shard(x: ArrayT, plan: Plan, rank: int) -> ArrayT:
     """The zigzag rows of a rank.
 
     Args:
-        x: `[tokens, ...]` of the whole pack, in global order; any type. Differentiable.
+        x: `[tokens, ...]` of the whole pack, in global order; any type: a NumPy array, a torch
+            tensor (differentiable) or an array with DLPack, such as CuPy's and JAX's.
         plan: the layout.
         rank: 0..world_size - 1.
 
@@ -29,7 +30,7 @@ def shard(x: ArrayT, plan: Plan, rank: int) -> ArrayT:
     """
     check_plan(plan)
     given: Any = x
-    if kind_of(x, "x") == "torch":
+    if kind_of(x, "x", foreign=True) == "torch":
         from zigzag_attention import _torch
 
         _torch.check_transforms(given)
@@ -43,7 +44,7 @@ def shard_rows(x: ArrayT, plan: Plan, rank: int) -> ArrayT:
     """shard without a gradient."""
     out = empty(x, (plan.local_tokens(rank), *x.shape[1:]))
     _core.shard(bits(x), plan._core, rank, bits(out), stream=stream_of(x))
-    return out
+    return deliver(out, x)
 
 
 def unshard(parts: Sequence[ArrayT], plan: Plan) -> ArrayT:
@@ -62,7 +63,7 @@ def unshard(parts: Sequence[ArrayT], plan: Plan) -> ArrayT:
     check_plan(plan)
     if len(parts) == 0:
         raise ValueError(f"unshard was given no parts; the plan has {plan.world_size} ranks")
-    kind = same_kind(" ".join(f"parts[{r}]" for r in range(len(parts))), *parts)
+    kind = same_kind(" ".join(f"parts[{r}]" for r in range(len(parts))), *parts, foreign=True)
     given: Any = parts
     if kind == "torch":
         from zigzag_attention import _torch
@@ -78,7 +79,7 @@ def unshard_rows(parts: Sequence[ArrayT], plan: Plan) -> ArrayT:
     """unshard without a gradient."""
     out = empty(parts[0], (plan.total_tokens, *parts[0].shape[1:]))
     _core.unshard([bits(part) for part in parts], plan._core, bits(out), stream=stream_of(out))
-    return out
+    return deliver(out, parts[0])
 
 
 def extract_prefixes(
@@ -89,14 +90,15 @@ def extract_prefixes(
     rows = _core.extracted_tokens(plan._core, chunks)
     out = empty(gathered, (rows, *gathered.shape[1:]))
     _core.extract(bits(gathered), plan._core, chunks, bits(out), kernels, stream_of(gathered))
-    return out
+    return deliver(out, gathered)
 
 
 def scatter_rows(
     grad: ArrayT, plan: Plan, rank: int, kernels: str | None, out: ArrayT | None = None
 ) -> ArrayT:
     """The rows of a sequence-ordered gradient that belong to `rank`."""
+    given = out
     if out is None:
         out = empty(grad, (plan.local_tokens(rank), *grad.shape[1:]))
     _core.scatter(bits(grad), plan._core, rank, bits(out), kernels, stream_of(grad))
-    return out
+    return deliver(out, grad) if given is None else out

@@ -26,4 +26,8 @@ inline void copy_rows(const TensorView& source, const TensorView& destination,
   copy_rows(std::span<const TensorView>(&source, 1), destination, segments, key, stream);
 }
 
+/// Its plain twin: a thread a row, element after element. Rows of up to 8 dimensions.
+void copy_rows_plain(std::span<const TensorView> sources, const TensorView& destination,
+                     std::span<const Segment> segments, void* stream);
+
 }  // namespace zigzag::cuda

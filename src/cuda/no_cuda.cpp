@@ -32,6 +32,11 @@ void copy_rows(std::span<const TensorView>, const TensorView&, std::span<const S
   refuse();
 }
 
+void copy_rows_plain(std::span<const TensorView>, const TensorView&, std::span<const Segment>,
+                     void*) {
+  refuse();
+}
+
 int device_count() noexcept { return 0; }
 
 std::vector<Component> components() { return {{"CUDA", false, kHowToBuild}}; }
