@@ -103,7 +103,8 @@ def errors(got: Tensors, expected: Tensors) -> dict[str, tuple[float, float]]:
 
 def alone(case: Case, inputs: Tensors) -> Tensors:
     """The same engine on one rank: what 16-bit types are measured against."""
-    q, k, v = (inputs[name].detach().requires_grad_() for name in "qkv")
+    device = world().device
+    q, k, v = (inputs[name].detach().to(device).requires_grad_() for name in "qkv")
     plan = Plan.from_lengths(list(case.lengths), 1)
     out, lse = attention(
         q,
@@ -116,7 +117,7 @@ def alone(case: Case, inputs: Tensors) -> Tensors:
         softcap=case.softcap,
         return_lse=True,
     )
-    out.backward(inputs["dout"])
+    out.backward(inputs["dout"].to(device))
     return {"out": out, "lse": lse, "dq": q.grad, "dk": k.grad, "dv": v.grad}
 
 
