@@ -58,6 +58,22 @@ def test_commands(size, name):
     check(size, name)
 
 
+def user_script(size):
+    output = torchrun(size, ["test/python/user_script.py"])
+    for packing in ("separate", "kvpacked", "qkvpacked"):
+        assert f"W = {size}, {packing}: relative L2 out" in output
+
+
+def test_a_script_written_for_ring_flash_attn():
+    user_script(2)
+
+
+@pytest.mark.seed
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_a_script_written_for_ring_flash_attn_at_all_sizes(size):
+    user_script(size)
+
+
 @pytest.mark.seed
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", COMMANDS)
