@@ -213,7 +213,11 @@ def _attention(
 
 @_attention.register_fake
 def _(a: Tensor, b: Tensor | None, c: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
-    q, _k, _v = split(a, b, c)
+    q, k, v = split(a, b, c)
+    if not q.device == k.device == v.device:
+        raise ValueError(
+            f"q is on {q.device}, k on {k.device} and v on {v.device}; all must be on one device"
+        )
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 

@@ -202,6 +202,12 @@ def test_compiled_drop_in():
     assert torch.equal(compiled(qkv, CU), call(qkv, CU))
 
 
+def test_meta_tensors_give_shapes():
+    q, k, v, _ = (x.to("meta") for x in draw(LENGTHS))
+    out, lse = attention(q, k, v, Plan(CU, 1), return_lse=True)
+    assert out.device.type == "meta" and out.shape == q.shape and lse.shape == q.shape[:2]
+
+
 def test_operation_is_registered_well():
     from zigzag_attention import _torch
 

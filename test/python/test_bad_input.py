@@ -20,6 +20,34 @@ def drop_in(q=Q, k=K, v=V, cu_q=CU, cu_k=CU, stride=1, **options):
     )
 
 
+def contiguous(**options):
+    return z.llama3_flash_attn_varlen_func(
+        Q, K, V, CU, CU, 16, 16, 1, slice(0, 16), causal=True, **options
+    )
+
+
+def pack_changed():
+    """Through memory that autograd does not watch."""
+    memory = np.array([0, 16])
+    cu = torch.from_numpy(memory)
+    out = drop_in(q=Q.clone().requires_grad_(), cu_q=cu, cu_k=cu)
+    memory[:] = (0, 0)
+    out.sum().backward()
+
+
+def pack_changed_in_place():
+    cu = CU.clone()
+    out = drop_in(q=Q.clone().requires_grad_(), cu_q=cu, cu_k=cu)
+    cu[0] = 1
+    out.sum().backward()
+
+
+def double_backward():
+    q = Q.clone().requires_grad_()
+    (dq,) = torch.autograd.grad(attention(q, K, V, PLAN).square().sum(), q, create_graph=True)
+    dq.sum().backward()
+
+
 TABLE = {
     # packs
     "pack that is empty": (lambda: Plan([], 1), "empty"),
@@ -48,7 +76,45 @@ TABLE = {
     ),
     "foreign byte order": (lambda: z.shard(np.zeros(16, ">f4"), PLAN, 0), "byte order"),
     "sixteen bytes an element": (lambda: z.shard(np.zeros(16, "c16"), PLAN, 0), "16 bytes"),
+    "devices that differ": (lambda: attention(Q.to("meta"), K, V, PLAN), "q is on meta, k on cpu"),
+    "a layout that is no view": (lambda: attention(Q.to_sparse(), K, V, PLAN), "sparse|dense"),
+    "a negative stride": (
+        lambda: attention(*(x.numpy()[..., ::-1] for x in (Q, K, V)), PLAN),
+        "last stride of q is -1",
+    ),
+    "a broadcast without rows": (
+        lambda: attention(Q[0], K[0], V[0], PLAN),
+        r"\[4, 32\]",
+    ),
     # options
+    "dropout through attention": (
+        lambda: attention(Q, K, V, PLAN, dropout=0.1),
+        "dropout was given to attention; attention dropout is not supported",
+    ),
+    "dropout_p through attention": (
+        lambda: attention(Q, K, V, PLAN, dropout_p=0.1),
+        "dropout_p was given to attention; attention dropout is not supported",
+    ),
+    "alibi through attention": (
+        lambda: attention(Q, K, V, PLAN, alibi_slopes=torch.ones(4)),
+        "ALiBi is not supported",
+    ),
+    "sinks through attention": (
+        lambda: attention(Q, K, V, PLAN, sinks=torch.ones(4)),
+        "attention sinks are not supported",
+    ),
+    "a mask through attention": (
+        lambda: attention(Q, K, V, PLAN, attn_mask=torch.ones(16, 16)),
+        "masks come from the plan's documents",
+    ),
+    "dropout through NumPy's backward": (
+        lambda: z.attention_backward(*(x.numpy() for x in (Q, Q, K, V, Q, Q)), PLAN, dropout=0.1),
+        "attention dropout is not supported",
+    ),
+    "paged keys through a drop-in": (
+        lambda: drop_in(block_table=torch.zeros(1, 1)),
+        "paged K and V are not supported",
+    ),
     "NaN scale": (lambda: attention(Q, K, V, PLAN, softmax_scale=float("nan")), "scale"),
     "negative softcap": (lambda: attention(Q, K, V, PLAN, softcap=-1.0), "softcap"),
     "window of -2": (lambda: attention(Q, K, V, PLAN, window=(-2, 0)), "window"),
@@ -111,6 +177,12 @@ TABLE = {
         lambda: z.rearrange_kv_from_zigzag_to_contiguous(torch.zeros(1, 16, 1, 8), 2, [0, 16]),
         "must be 2, K and V",
     ),
+    # the contiguous drop-ins
+    "contiguous dropout": (lambda: contiguous(dropout_p=0.1), "dropout_p is 0.1"),
+    "contiguous alibi": (lambda: contiguous(alibi_slopes=torch.ones(4)), "alibi_slopes"),
+    "contiguous softcap": (lambda: contiguous(bias=torch.ones(4)), "biases .* are not supported"),
+    # autograd
+    "a pack changed before the backward": (pack_changed, "changed between forward and backward"),
     "labels of another pack": (lambda: z.shift_labels(torch.zeros(4), [0, 5]), r"must be \[5\]"),
 }
 
@@ -124,7 +196,48 @@ def test_raises_a_sentence(mistake):
     assert len(text) > 20 and "\n" not in text
 
 
+# What torch itself says, or says through it.
+BY_TORCH = {
+    "requires_grad on integers": (
+        lambda: attention(Q.int().requires_grad_(), K.int(), V.int(), PLAN),
+        "floating point",
+    ),
+    "a pack changed in place before the backward": (
+        pack_changed_in_place,
+        "modified by an inplace operation",
+    ),
+    "a second derivative": (double_backward, "only first derivatives are supported"),
+}
+
+
+@pytest.mark.parametrize("mistake", BY_TORCH)
+def test_raises_by_torch(mistake):
+    call, message = BY_TORCH[mistake]
+    with pytest.raises(RuntimeError, match=message):
+        call()
+
+
 WRONG_KINDS = {
+    "an option of another name": (
+        lambda: attention(Q, K, V, PLAN, window_size=(3, 0)),
+        "attention has no option window_size; window is what it has",
+    ),
+    "cu_seqlens by name": (
+        lambda: attention(Q, K, V, cu_seqlens_k=CU),
+        "attention has no option cu_seqlens_k; plan is what it has",
+    ),
+    "a misspelt option": (
+        lambda: attention(Q, K, V, PLAN, casual=True),
+        "attention has no option casual; causal is what it has",
+    ),
+    "an option of nobody": (
+        lambda: attention(Q, K, V, PLAN, xyz=1),
+        "attention has no option xyz; it takes q, k, v, plan, group, causal",
+    ),
+    "an option that the drop-ins lack": (
+        lambda: drop_in(return_lse=True),
+        "has no option return_lse; return_attn_probs is what it has",
+    ),
     "a list": (lambda: attention(Q.tolist(), K, V, PLAN), "q is a builtins.list"),
     "NumPy with torch": (lambda: attention(Q, K.numpy(), V, PLAN), "mix NumPy arrays and torch"),
     "cu_seqlens for a plan": (lambda: attention(Q, K, V, CU), "it must be a Plan"),
@@ -141,11 +254,6 @@ def test_wrong_kinds_raise_type_errors(mistake):
     call, message = WRONG_KINDS[mistake]
     with pytest.raises(TypeError, match=message):
         call()
-
-
-def test_integers_have_no_gradient():
-    with pytest.raises(RuntimeError, match="floating point"):
-        attention(Q.int().requires_grad_(), K.int(), V.int(), PLAN)
 
 
 def test_local_cu_seqlens_where_global_is_wanted():
