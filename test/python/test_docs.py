@@ -27,10 +27,21 @@ def test_python_blocks_run(page):
     assert ended.returncode == 0, ended.stderr
 
 
-@pytest.mark.parametrize("page", PAGES)
+EVERY_PAGE = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE)
 def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
-        assert (ROOT / "docs" / link).exists(), link
+    for link in re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text()):
+        if not link.startswith("https://"):
+            assert (ROOT / page).parent.joinpath(link).exists(), link
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert not [
+        page for page in EVERY_PAGE[1:] if f": {page.removeprefix('docs/')}\n" not in navigation
+    ]
 
 
 def test_api_page_names_everything_public():
