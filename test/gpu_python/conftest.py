@@ -34,6 +34,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpus(n): needs n GPUs")
+    config.addinivalue_line("markers", "hog: takes a GPU's whole memory")
     config.addinivalue_line("markers", "real: cannot stand in on the CPU")
 
 

@@ -340,6 +340,7 @@ def test_other_bad_inputs(device):
 
 
 @pytest.mark.real
+@pytest.mark.hog
 def test_too_little_memory_says_how_much(device):
     """The library's memory is its own: what torch holds is not there for it."""
     length = 32768
