@@ -18,6 +18,8 @@ export ZIGZAG_TIMEOUT_S="${ZIGZAG_TIMEOUT_S:-60}" OMP_NUM_THREADS=4 TOKENIZERS_P
 gpus="$(nvidia-smi -L 2>/dev/null | wc -l)"
 ranks=$((gpus > 1 ? 2 : 1))
 began="$(date +%s)"
+# Nothing else can run without it.
+python3 -c 'import torch, zigzag_attention as z; print("torch", torch.__version__, "zigzag", z.version())' || exit 1
 
 # part NAME SECONDS COMMAND...: its output goes to NAME.log.
 part() {
