@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "test" / "python"))
 
 def gpus():
     import torch
+
     import zigzag_attention
 
     built = any(name == "CUDA" and ok for name, ok, _ in zigzag_attention.components())

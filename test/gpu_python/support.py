@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from reference import attend
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -95,9 +95,10 @@ print(message)
 call(device)  # the group still works
 if torch.cuda.device_count() > 1:
     other = torch.device("cuda", (device.index + 1) % torch.cuda.device_count())
-    print(refused((ValueError, RuntimeError), "cuda:", lambda: call(other if odd else device, peer)))
+    where = other if odd else device
+    print(refused((ValueError, RuntimeError), "cuda:", lambda: call(where, peer)))
     # Without a communicator of its own, a rank that moves alone is told of as well.
-    print(refused(RuntimeError, "does not exchange through yet", lambda: call(other if odd else device)))
+    print(refused(RuntimeError, "does not exchange through yet", lambda: call(where)))
 call(device)
 # Other mistakes of one rank.
 refused((ValueError, RuntimeError), "divisor" if odd else "invalid arguments",
@@ -188,10 +189,12 @@ documents = [torch.randint(0, 97, (n,), generator=generator) for n in (137, 5, 1
 pack = z.collate(documents)
 worst = 0.0
 hf.register()
-for name, extra in (("Llama", {}), ("Mistral", {"sliding_window": 16}), ("Qwen2", {}), ("Qwen3", {"head_dim": 32})):
+MODELS = {"Llama": {}, "Mistral": {"sliding_window": 16}, "Qwen2": {}, "Qwen3": {"head_dim": 32}}
+for name, extra in MODELS.items():
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
-        config = getattr(transformers, name + "Config")(**SIZES, **extra, attn_implementation="zigzag")
+        config = getattr(transformers, name + "Config")(
+            **SIZES, **extra, attn_implementation="zigzag")
         model = getattr(transformers, name + "ForCausalLM")(config).to(device, dtype).train()
         results = []
         for group, ranks in ((z.Communicator.self(), 1), (dist.group.WORLD, size)):
@@ -205,7 +208,8 @@ for name, extra in (("Llama", {}), ("Mistral", {"sliding_window": 16}), ("Qwen2"
                 everyone = [None] * size
                 dist.all_gather_object(everyone, float(share.detach()))
                 shares = torch.tensor(everyone, dtype=torch.float64)
-            results.append((float(shares.sum()), {n: p.grad.clone() for n, p in model.named_parameters()}))
+            grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+            results.append((float(shares.sum()), grads))
             model.zero_grad()
         (loss, grads), (shared_loss, shared_grads) = results
         bound = 1e-5 if dtype == torch.float32 else 2e-2
