@@ -124,7 +124,8 @@ def empty(like: ArrayT, shape: Sequence[int]) -> ArrayT:
     if isinstance(like, np.ndarray):
         return np.empty(tuple(shape), dtype=like.dtype)
     if not is_torch(like):
-        return _foreign.empty(like, shape)
+        out: Any = _foreign.empty(like, shape)
+        return out  # type: ignore[no-any-return]
     return like.new_empty(tuple(shape))
 
 
@@ -132,7 +133,8 @@ def deliver(out: ArrayT, like: ArrayT) -> ArrayT:
     """What `empty` made for `like`, now that it is written, as the caller's kind of array."""
     if isinstance(like, np.ndarray) or is_torch(like):
         return out
-    return _foreign.deliver(out, like)
+    result: Any = out
+    return _foreign.deliver(result, like)  # type: ignore[no-any-return]
 
 
 def stream_of(x: Any) -> int:
