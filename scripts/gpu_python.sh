@@ -47,14 +47,21 @@ figures() {
   ZIGZAG_GPU_ALONE=1 tests two_gpus_alone "test/gpu_python/test_ranks.py" -k "two_gpus and environment0"
 }
 
+# The commands as the seed prints them, side by side; PET_MASTER_PORT is torchrun's --master_port.
 seed() {
   local folder=test/zigzag_llama3_component_tests one=::test_extract_zigzag_kv_slices_single_sequence
-  part seed_pytest 120 torchrun --nproc_per_node "${ranks}" -m pytest "${folder}/test_triton_kernels.py" -v &
-  part seed_one_test 120 torchrun --nproc_per_node "${ranks}" -m pytest "${folder}/test_triton_kernels.py${one}" -v &
-  part seed_rearrange 120 torchrun --nproc_per_node "${ranks}" "${folder}/test_zigzag_rearrange_functions.py" &
-  part seed_extract_local 120 torchrun --nproc_per_node "${ranks}" "${folder}/test_extract_local.py" &
-  part seed_end_to_end 160 torchrun --nproc_per_node "${ranks}" test/test_zigzag_llama3_flash_attn_varlen_func.py &
+  at 1 seed_pytest -m pytest "${folder}/test_triton_kernels.py" -v &
+  at 2 seed_one_test -m pytest "${folder}/test_triton_kernels.py${one}" -v &
+  at 3 seed_rearrange "${folder}/test_zigzag_rearrange_functions.py" &
+  at 4 seed_extract_local "${folder}/test_extract_local.py" &
+  at 5 seed_end_to_end test/test_zigzag_llama3_flash_attn_varlen_func.py &
   part seed_end_to_end_alone 160 python3 test/test_zigzag_llama3_flash_attn_varlen_func.py &
+}
+
+at() {
+  local port="$1" name="$2"
+  shift 2
+  PET_MASTER_PORT="$((29500 + port))" part "${name}" 160 torchrun --nproc_per_node "${ranks}" "$@"
 }
 
 no_gpu() {

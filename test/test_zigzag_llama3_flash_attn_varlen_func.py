@@ -149,6 +149,10 @@ def check(title: str, case: Case, run: Callable[[Tensors, Plan], Tensors]) -> No
                 wrong.append(f"{name}: relative L2 {relative:.2e} over {bound:.0e}")
         else:
             bound = max(baseline[name][0] * (1.1 if summed else 1.05), 1e-7)
+            if not on_cpu:
+                # cuDNN hands over the parts of a rank's gradients in 16 bits, so that a sum of
+                # parts is rounded once more than the one part of a rank alone.
+                bound += 0.1 * 2 ** (-8 if case.dtype == torch.bfloat16 else -11)
             if not relative <= bound:
                 wrong.append(f"{name}: relative L2 {relative:.2e}, one rank has {bound:.2e}")
         lines += [f"  {name} max diff: {largest:.6e}", f"  {name} relative L2: {relative:.6e}"]
