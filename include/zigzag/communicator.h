@@ -30,6 +30,9 @@ struct CallbackCollectives {
   std::function<void(const void* send, std::span<const std::int64_t> send_bytes, void* receive,
                      std::span<const std::int64_t> receive_bytes)>
       all_to_all;
+  /// Tells the other ranks that this one failed and why, so that their functions stop waiting and
+  /// throw. May be empty: they then wait until their own deadline. Its exceptions are ignored.
+  std::function<void(std::string_view reason)> abort = {};
 };
 
 /// A group of ranks that exchange K/V and gradients. A value: copies share the group. One rank is

@@ -42,7 +42,8 @@ std::shared_ptr<nb::object> share(nb::object object) {
           }};
 }
 
-Communicator make_callback(int rank, int size, nb::callable all_gather, nb::callable all_to_all) {
+Communicator make_callback(int rank, int size, nb::callable all_gather, nb::callable all_to_all,
+                           const std::optional<nb::callable>& abort) {
   CallbackCollectives collectives;
   collectives.rank = rank;
   collectives.size = size;
@@ -64,6 +65,11 @@ Communicator make_callback(int rank, int size, nb::callable all_gather, nb::call
               std::vector<std::int64_t>(receive_bytes.begin(), receive_bytes.end()));
     });
   };
+  if (abort) {
+    collectives.abort = [call = share(*abort)](std::string_view reason) {
+      call_python([&] { (*call)(std::string(reason)); });
+    };
+  }
   return Communicator::callback(std::move(collectives));
 }
 
@@ -124,7 +130,8 @@ void bind_communicator(nb::module_& module) {
           },
           nb::arg("address") = 0)
       .def_static("callback", &make_callback, nb::arg("rank"), nb::arg("size"),
-                  nb::arg("all_gather"), nb::arg("all_to_all"))
+                  nb::arg("all_gather"), nb::arg("all_to_all"),
+                  nb::arg("abort").none() = nb::none())
       .def_static(
           "peer",
           [](const Communicator& bootstrap, int device) {

@@ -101,6 +101,7 @@ class Communicator:
         size: int,
         all_gather: Callable[[_Bytes, _Bytes], None],
         all_to_all: Callable[[_Bytes, list[int], _Bytes, list[int]], None],
+        abort: Callable[[str], None] | None = None,
     ) -> Communicator: ...
     @staticmethod
     def peer(bootstrap: Communicator, device: int) -> Communicator: ...

@@ -18,6 +18,8 @@ from zigzag_attention.communicator import Communicator
 
 # While it waits, Python's main thread looks at signals this often.
 _POLL = datetime.timedelta(milliseconds=100)
+# The key of the group's store under which a rank that failed says so.
+_FAILED = "zigzag/failed"
 _communicators: weakref.WeakKeyDictionary[Any, Communicator] = weakref.WeakKeyDictionary()
 
 
@@ -54,6 +56,7 @@ def communicator(group: dist.ProcessGroup) -> Communicator:
                 dist.get_world_size(group),
                 collectives.all_gather,
                 collectives.all_to_all,
+                collectives.abort,
             )
         )
         _communicators[group] = found
@@ -66,9 +69,10 @@ def _resolve_process_group(name: str) -> dist.ProcessGroup:
 
 
 class _Collectives:
-    """The two functions that the library calls, on bytes of host memory."""
+    """What the library calls: two exchanges of bytes of host memory, and the news of a failure."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
+        self._failure = ""
         self._rank = dist.get_rank(group)
         self._size = dist.get_world_size(group)
         # Weak, because the table above must not keep its own keys alive.
@@ -85,11 +89,13 @@ class _Collectives:
         )
 
     def all_gather(self, data: NDArray[Any], out: NDArray[Any]) -> None:
-        given, received = torch.from_numpy(data), torch.from_numpy(out)
+        # Messages are short. When one is given up, gloo may still write to where it was to go.
+        given, received = torch.from_numpy(data).clone(), torch.empty(out.size, dtype=torch.uint8)
         self._wait(
             "all_gather",
             lambda group: self._gather(received, given, group=group, async_op=True),
         )
+        out[:] = received.numpy()
 
     def all_to_all(
         self,
@@ -106,25 +112,59 @@ class _Collectives:
             ),
         )
 
+    def abort(self, reason: str) -> None:
+        """Tells the other ranks, which look for it while they wait."""
+        self._failure = self._failure or reason
+        store = _store_of(self._group())
+        if store is not None:
+            store.compare_set(_FAILED, "", f"rank {self._rank} failed: {reason}")
+
+    def _news(self) -> str:
+        """What another rank said when it failed; empty while none did."""
+        store = _store_of(self._group())
+        try:
+            if store is not None and store.check([_FAILED]):
+                return str(store.get(_FAILED).decode(errors="replace"))
+        except RuntimeError:
+            pass  # the process that keeps the store is gone, and exchanges notice that themselves
+        return ""
+
     def _wait(self, step: str, start: Callable[[dist.ProcessGroup], Any]) -> None:
         group = self._group()
         where = f"rank {self._rank} of {self._size} of a torch.distributed group"
         if group is None:
             raise RuntimeError(f"{where}: the group was destroyed")
+        if self._failure:
+            raise _core.CommunicationError(
+                f"{where} takes part in nothing more, since it failed before: {self._failure}"
+            )
         seconds = _core.timeout_seconds()
         deadline = time.monotonic() + seconds
         try:
             work = start(group)
             while not _wait_briefly(work):
+                self._failure = self._news()
+                if self._failure:
+                    raise _core.CommunicationError(f"{where} stopped in {step}: {self._failure}")
                 if time.monotonic() > deadline:
                     raise TimeoutError(
                         f"{where} waited {seconds:g} s for its peers in {step}; "
                         "one of them died or never came (ZIGZAG_TIMEOUT_S)"
                     )
-        except TimeoutError:
+        except (TimeoutError, _core.CommunicationError):
             raise
         except RuntimeError as error:
             raise _core.CommunicationError(f"{where}: {step} failed: {error}") from error
+
+
+def _store_of(group: dist.ProcessGroup | None) -> Any:
+    """The key-value store that the group was made with, or None."""
+    if group is None:
+        return None
+    try:
+        return c10d._get_process_group_store(group)
+    except (KeyError, RuntimeError, ValueError):
+        return None
 
 
 def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:

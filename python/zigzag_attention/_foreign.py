@@ -1,8 +1,8 @@
 """Arrays of other libraries (JAX, CuPy, ...) through DLPack, for the operations that copy rows.
 
-Results are made here, in memory of the library's own, and handed to the array's own library. Work on
-a GPU is given to the legacy default stream, behind what the producer says must be done first, and
-has ended when the result is handed over.
+Results are made here, in memory of the library's own, and handed to the array's own library. Work
+on a GPU is given to the legacy default stream, behind what the producer says must be done first,
+and has ended when the result is handed over.
 """
 
 from __future__ import annotations

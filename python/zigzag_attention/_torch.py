@@ -163,9 +163,9 @@ def _check_local(local: Tensor, rows: int, plan: Plan, rank: int) -> None:
     key = (id(local), rank)
     version = local._version if local.is_cuda and not local.is_inference() else -1
     known = _checked_locals.get(key)
-    if known is not None and known[0]() is local and known[1:] == (version, rows, plan):
-        if version >= 0:
-            return
+    same = known is not None and known[0]() is local and known[1:] == (version, rows, plan)
+    if same and version >= 0:
+        return
     check_local(index_array(local, "cu_seqlens_q"), rows, plan, rank)
     if version >= 0:
         if len(_checked_locals) > 4 * _MAX_PLANS:

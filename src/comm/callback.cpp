@@ -44,8 +44,14 @@ class CallbackTransport final : public Transport {
     all_gather({&one, 1}, all);
   }
 
-  // The caller's functions have no way to interrupt a peer; its own deadline does that.
-  void abort(std::string_view /*reason*/) noexcept override {}
+  void abort(std::string_view reason) noexcept override {
+    if (!collectives_.abort || size() == 1) return;
+    try {
+      collectives_.abort(reason);
+    } catch (...) {
+      // The peers' own deadlines end their waits.
+    }
+  }
 
   void gather(std::span<const TensorView> sources, std::span<const TensorView> destinations,
               const ExchangeTable& table, const Step& /*step*/, Queue /*queue*/) override {

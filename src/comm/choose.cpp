@@ -92,7 +92,8 @@ Verdict judge(int device, int rank, const std::vector<Introduction>& all) {
 }
 
 /// Why not all ranks reach each other; empty when they do.
-std::string why_no_peer(const std::vector<Introduction>& all, const std::vector<Verdict>& verdicts) {
+std::string why_no_peer(const std::vector<Introduction>& all,
+                        const std::vector<Verdict>& verdicts) {
   for (std::size_t r = 0; r < verdicts.size(); ++r) {
     if (verdicts[r].peer < 0) continue;
     const auto other = static_cast<std::size_t>(verdicts[r].peer);
@@ -143,9 +144,10 @@ ExchangeChoice choose_exchange(Transport& bootstrap, int device, std::string_vie
   const std::string asked = mine.wanted;
   for (std::size_t r = 0; r < all.size(); ++r) {
     if (std::strcmp(all[r].wanted, all[0].wanted) == 0) continue;
-    throw CommunicationError(fmt::format("rank 0 asks for the exchange '{}' and rank {} for '{}'; "
-                                         "all ranks must ask for the same",
-                                         all[0].wanted, r, all[r].wanted));
+    throw CommunicationError(
+        fmt::format("rank 0 asks for the exchange '{}' and rank {} for '{}'; "
+                    "all ranks must ask for the same",
+                    all[0].wanted, r, all[r].wanted));
   }
   const std::string no_peer = why_no_peer(all, verdicts);
   const std::string no_nccl = why_not_nccl(all);
@@ -161,8 +163,8 @@ ExchangeChoice choose_exchange(Transport& bootstrap, int device, std::string_vie
   }
   if (asked == "peer") throw DeviceError("the exchange 'peer' was asked for: " + no_peer);
   if (!no_nccl.empty()) {
-    throw DeviceError(
-        fmt::format("the ranks' GPUs cannot exchange: peer memory: {}; NCCL: {}", no_peer, no_nccl));
+    throw DeviceError(fmt::format("the ranks' GPUs cannot exchange: peer memory: {}; NCCL: {}",
+                                  no_peer, no_nccl));
   }
   return {"nccl", no_peer};
 }

@@ -267,6 +267,35 @@ def test_compiled_and_checkpointed():
     run_ranks(2, "import torch.utils.checkpoint\n" + COMPILED, BACKEND="nccl")
 
 
+FULL = """
+start("gloo")
+length = 32768
+plan = z.Plan.from_lengths([length], size)
+rows = plan.local_tokens(rank)
+q, k, v = (torch.randn(rows, h, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
+           for h in (32, 8, 8))
+out = z.attention(q, k, v, plan)
+torch.cuda.synchronize()
+if rank == 0:
+    free, _ = torch.cuda.mem_get_info(device)
+    hold = torch.empty(free - (64 << 20), dtype=torch.uint8, device=device)
+dist.barrier()
+began = time.monotonic()
+message = refused((RuntimeError,), "memory" if rank == 0 else "rank 0 failed", lambda: (
+    z.attention(q, k, v, plan, deterministic=True, softcap=3.0).backward(out.detach())))
+print(message)
+assert time.monotonic() - began < 15, "the others waited for their deadline"
+os._exit(0)
+"""
+
+
+@pytest.mark.real
+@pytest.mark.hog
+@pytest.mark.gpus(2)
+def test_a_rank_without_memory_tells_the_others():
+    run_ranks(2, FULL)
+
+
 DYING = """
 start(os.environ["BACKEND"])
 lengths = [3000, 200]

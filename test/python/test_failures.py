@@ -74,6 +74,30 @@ def test_mismatched_repeatedly(repetition):
     mismatched(repetition)
 
 
+FAILS = """
+group = z.Communicator.from_torch(dist.group.WORLD)
+plan = z.Plan([0, 64], size)
+q, k, v = (torch.randn(plan.local_tokens(rank), h, 32) for h in (4, 2, 2))
+z.attention(q, k, v, plan)
+start = time.monotonic()
+if rank == 1:
+    group.abort("it ran out of luck")
+try:
+    z.attention(q, k, v, plan)
+except z.CommunicationError as error:
+    print(error, flush=True)
+    assert "ran out of luck" in str(error) and ("rank 1 failed" in str(error) or rank == 1)
+    assert time.monotonic() - start < 10
+    dist.barrier()
+    os._exit(17)
+"""
+
+
+def test_a_rank_that_fails_tells_the_others():
+    for end in Processes(3, FAILS).wait():
+        assert end.code == SURVIVED, end.output
+
+
 def test_a_rank_that_does_not_come_is_a_timeout():
     processes = Processes(2, STEPS, SLEEP_RANK="1", ZIGZAG_TIMEOUT_S="3")
     first = processes.processes[0]
