@@ -73,6 +73,7 @@ class _Collectives:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._failure = ""
+        self._kept: tuple[torch.Tensor, ...] = ()
         self._rank = dist.get_rank(group)
         self._size = dist.get_world_size(group)
         # Weak, because the table above must not keep its own keys alive.
@@ -89,7 +90,8 @@ class _Collectives:
         )
 
     def all_gather(self, data: NDArray[Any], out: NDArray[Any]) -> None:
-        # Messages are short. When one is given up, gloo may still write to where it was to go.
+        # Messages are short. When one is given up, gloo may still write to where it was to go; and
+        # memory of torch's own is let go of by any thread.
         given, received = torch.from_numpy(data).clone(), torch.empty(out.size, dtype=torch.uint8)
         self._wait(
             "all_gather",
@@ -105,6 +107,9 @@ class _Collectives:
         receive_bytes: list[int],
     ) -> None:
         given, received = torch.from_numpy(send), torch.from_numpy(receive)
+        # A thread of gloo that let go of them last would want the GIL, perhaps of an interpreter
+        # that is ending.
+        self._kept = (given, received)
         self._wait(
             "all_to_all",
             lambda group: dist.all_to_all_single(
