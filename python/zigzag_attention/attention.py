@@ -200,6 +200,7 @@ def numpy_forward(
 ) -> tuple[NDArray[Any], NDArray[np.float32]]:
     """out and lse of NumPy arrays."""
     check_group(communicator, plan.world_size)
+    communicator.check_device(None)
     out = np.empty(q.shape, dtype=q.dtype)
     lse = np.empty(q.shape[:2], dtype=np.float32)
     _core.forward(
@@ -257,6 +258,7 @@ def attention_backward(
     options = make_options(*check_options(given, v, _NAMES, group, plan.world_size))
     communicator = resolve(handle_of(group, plan.world_size))
     check_group(communicator, plan.world_size)
+    communicator.check_device(None)
     dq, dk, dv = (np.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     _core.backward(
         view(dout),
