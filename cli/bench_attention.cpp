@@ -22,7 +22,7 @@ namespace {
 
 constexpr const char* kDefaultLengths = "4096";
 // The plain twin is timed without being asked for up to this much work (FLOPs of a forward).
-constexpr double kQuickReference = 5e9;
+constexpr double kQuickReference = 1e9;
 constexpr double kBackwardOverForward = 2.5;
 
 enum Pass : std::size_t { kForward, kBackward, kBoth, kPasses };

@@ -125,6 +125,9 @@ MemoryReport measure_memory(const Job& job, const Group& group,
   const io::ModelShape& shape = job.source->shape();
   const auto item = static_cast<double>(item_size(job.source->dtype()));
   const bool host = group.device() == "cpu";
+  const Kernels kernels = job.attention.kernels.value_or(default_kernels());
+  // Rank threads read K and V where the others hold them.
+  const bool in_place = host && group.comm() == "threads" && kernels == Kernels::kFused;
   memory.stage = job.attention.kv_heads_per_stage > 0
                      ? job.attention.kv_heads_per_stage
                      : auto_kv_heads_per_stage(plan, shape.kv_heads, shape.head_dim,
@@ -143,7 +146,7 @@ MemoryReport measure_memory(const Job& job, const Group& group,
     if (job.backward) memory.results += rows * item * (q_row + 2 * k_row);
     if (plan.world_size() == 1) continue;
     const auto keys = static_cast<double>(gathered[static_cast<std::size_t>(r)]);
-    memory.gathered += 2 * keys * stage_row * item;
+    if (!in_place) memory.gathered += 2 * keys * stage_row * item;
     if (job.backward) memory.partials += 2 * keys * stage_row * 4;
   }
   if (job.keep_results) {

@@ -1,5 +1,6 @@
 #include "zigzag/attention.h"
 
+#include <algorithm>
 #include <exception>
 #include <memory>
 #include <string>
@@ -78,7 +79,9 @@ class Schedule {
         table_(tables_->exchange) {
     if (alone()) return;
     stages_ = static_cast<int>(problem.kv_heads / problem.kv_heads_per_stage);
+    lent_ = backend_->reads_lent_rows() && transport_.lends();
     slots_ = backend_->overlaps() && stages_ > 1 ? 2 : 1;
+    if (lent_) return;
     for (int slot = 0; slot < slots_; ++slot) {
       gathered_.push_back({gathered_buffer(q.dtype), gathered_buffer(q.dtype)});
     }
@@ -89,8 +92,9 @@ class Schedule {
     join_exchange();
     for (int stage = 0; stage < stages_; ++stage) {
       gather_next(stage);
+      const Lent lent = borrow(stage);
       AttendArgs args;
-      fill(args, stage);
+      fill(args, stage, lent);
       args.out = q_heads(out, stage);
       args.lse = q_heads(lse, stage);
       backend_->attend(args);
@@ -102,11 +106,11 @@ class Schedule {
                 const TensorView& dq, const TensorView& dk, const TensorView& dv) {
     std::vector<Pair> partials;
     for (int slot = 0; slot < slots_ && !alone(); ++slot) {
-      partials.push_back({gathered_buffer(DType::kFloat32), gathered_buffer(DType::kFloat32)});
+      partials.push_back({partial_buffer(), partial_buffer()});
     }
-    const auto arguments = [&](int stage) {
+    const auto arguments = [&](int stage, const Lent& lent) {
       AttendBackwardArgs args;
-      fill(args, stage);
+      fill(args, stage, lent);
       args.dout = q_heads(dout, stage);
       args.out = q_heads(out, stage);
       args.lse = q_heads(lse, stage);
@@ -115,7 +119,7 @@ class Schedule {
     };
     const auto start_early = [&](int stage) {
       if (alone() || stage >= stages_) return;
-      AttendBackwardArgs args = arguments(stage);
+      AttendBackwardArgs args = arguments(stage, {});
       args.k = kv_heads(k_, stage);
       args.v = kv_heads(v_, stage);
       backend_->attend_backward_early(args);
@@ -125,12 +129,14 @@ class Schedule {
     join_exchange();
     for (int stage = 0; stage < stages_; ++stage) {
       gather_next(stage);
-      AttendBackwardArgs args = arguments(stage);
+      Lent lent = borrow(stage);
+      AttendBackwardArgs args = arguments(stage, lent);
       // A rank alone has no partials: its sums are the gradients.
       const Pair* partial = alone() ? nullptr : &partials[static_cast<std::size_t>(stage % slots_)];
       args.dk = partial == nullptr ? dk : partial->k.view;
       args.dv = partial == nullptr ? dv : partial->v.view;
       backend_->attend_backward(args);
+      lent.loan.reset();
       start_early(stage + 1);
       await_gather(stage + 1);
       if (partial == nullptr) continue;
@@ -152,17 +158,56 @@ class Schedule {
     Gathered k;
     Gathered v;
   };
+  /// K and V of a stage that are read where the ranks hold them; empty when they are gathered.
+  struct Lent {
+    std::unique_ptr<comm::Loan> loan;
+    std::vector<LentRows> k;
+    std::vector<LentRows> v;
+  };
 
   bool alone() const { return transport_.size() == 1; }
 
+  std::vector<int64_t> gathered_shape() const {
+    return {table_.gathered_tokens, problem_.kv_heads_per_stage, problem_.head_dim};
+  }
+
   Gathered gathered_buffer(DType dtype) {
-    const std::vector<int64_t> shape{table_.gathered_tokens, problem_.kv_heads_per_stage,
-                                     problem_.head_dim};
     Gathered result;
-    result.view = TensorView::contiguous(nullptr, dtype, shape, q_.device);
+    result.view = TensorView::contiguous(nullptr, dtype, gathered_shape(), q_.device);
     result.buffer = backend_->allocate(result.view.num_elements() * item_size(dtype));
     result.view.data = result.buffer.memory.get();
     return result;
+  }
+
+  Gathered partial_buffer() {
+    Gathered result = gathered_buffer(DType::kFloat32);
+    // A head's rows end to end: the sums that one task adds to stay in few cache sets.
+    TensorView& x = result.view;
+    if (lent_) x.strides = {x.shape[2], x.shape[0] * x.shape[2], 1};
+    return result;
+  }
+
+  /// The rows that the ranks lend for a stage, in the gathered order.
+  Lent borrow(int stage) {
+    Lent lent;
+    if (!lent_) return lent;
+    const TensorView sources[] = {kv_heads(k_, stage), kv_heads(v_, stage)};
+    lent.loan = transport_.lend(sources, table_, {"gather of K and V", stage, stages_});
+    for (const auto& [rows, tensor] : {std::pair{&lent.k, 0}, std::pair{&lent.v, 1}}) {
+      for (int rank = 0; rank < transport_.size(); ++rank) {
+        const TensorView& x = lent.loan->views(rank)[static_cast<std::size_t>(tensor)];
+        const int64_t item = item_size(x.dtype);
+        for (const Segment& s : table_.receives[static_cast<std::size_t>(rank)]) {
+          rows->push_back(
+              {s.destination_row, s.destination_row + s.rows,
+               static_cast<const std::byte*>(x.data) + s.source_row * x.strides[0] * item,
+               x.strides[0] * item, x.strides[1] * item});
+        }
+      }
+      std::sort(rows->begin(), rows->end(),
+                [](const LentRows& a, const LentRows& b) { return a.begin < b.begin; });
+    }
+    return lent;
   }
 
   TensorView kv_heads(const TensorView& x, int stage) const {
@@ -178,7 +223,7 @@ class Schedule {
 
   /// Starts the gather of a stage once attention has left its slot.
   void gather(int stage) {
-    if (alone() || stage >= stages_) return;
+    if (alone() || lent_ || stage >= stages_) return;
     backend_->order(backend_->compute_queue(), backend_->exchange_queue());
     const Pair& slot = gathered_[static_cast<std::size_t>(stage % slots_)];
     const TensorView sources[] = {kv_heads(k_, stage), kv_heads(v_, stage)};
@@ -205,10 +250,19 @@ class Schedule {
     join_exchange();
   }
 
-  void fill(AttendArgs& args, int stage) const {
+  void fill(AttendArgs& args, int stage, const Lent& lent) const {
     args.q = q_heads(q_, stage);
-    args.k = alone() ? k_ : gathered_[static_cast<std::size_t>(stage % slots_)].k.view;
-    args.v = alone() ? v_ : gathered_[static_cast<std::size_t>(stage % slots_)].v.view;
+    if (alone()) {
+      args.k = k_;
+      args.v = v_;
+    } else if (lent_) {
+      args.k = args.v = TensorView::contiguous(nullptr, q_.dtype, gathered_shape(), q_.device);
+    } else {
+      args.k = gathered_[static_cast<std::size_t>(stage % slots_)].k.view;
+      args.v = gathered_[static_cast<std::size_t>(stage % slots_)].v.view;
+    }
+    args.lent_k = lent.k;
+    args.lent_v = lent.v;
     args.plan = &plan_;
     args.rank = transport_.rank();
     args.items = tables_->items;
@@ -230,6 +284,7 @@ class Schedule {
   const comm::ExchangeTable& table_;
   int stages_ = 1;
   int slots_ = 1;
+  bool lent_ = false;  // K and V are read where the ranks of this process hold them
   std::vector<Pair> gathered_;
 };
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -11,11 +12,23 @@
 
 namespace zigzag {
 
+/// Rows [begin, end) of the gathered K or V where a rank of this process holds them: head h of row
+/// r stands at data + (r - begin) * row_stride + h * head_stride. Strides are in bytes.
+struct LentRows {
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+  const std::byte* data = nullptr;
+  std::int64_t row_stride = 0;
+  std::int64_t head_stride = 0;
+};
+
 /// A stage's attention: every work item of a rank in one call.
 struct AttendArgs {
   TensorView q;    // [local_tokens, heads, head_dim]
-  TensorView k;    // [gathered_tokens, kv_heads, head_dim]
-  TensorView v;    // [gathered_tokens, kv_heads, head_dim]
+  TensorView k;    // [gathered_tokens, kv_heads, head_dim]; without data when the rows are lent
+  TensorView v;    // as k
+  std::span<const LentRows> lent_k;  // all rows in rising order; empty: they are in k and v
+  std::span<const LentRows> lent_v;
   TensorView out;  // [local_tokens, heads, head_dim]
   TensorView lse;  // [local_tokens, heads] float32
   const Plan* plan = nullptr;
@@ -55,6 +68,8 @@ class Backend {
   virtual ~Backend() = default;
   /// True when exchange and attention can run at the same time, so that prefetching pays.
   virtual bool overlaps() const = 0;
+  /// True when attend and attend_backward read rows where peers hold them (lent_k, lent_v).
+  virtual bool reads_lent_rows() const { return false; }
   /// The queue that attention runs on, in order with the caller's work.
   virtual Queue compute_queue() = 0;
   /// The queue that exchanges run on.

@@ -5,7 +5,8 @@
 #include <vector>
 
 #include "comm/rows.h"
-#include "half.h"
+#include "cpu/kernel.h"
+#include "cpu/target.h"
 #include "zigzag/error.h"
 
 namespace zigzag::comm {
@@ -23,16 +24,9 @@ void store(std::byte* to, DType dtype, const float* values, std::int64_t count) 
     case DType::kFloat32:
       std::memcpy(to, values, static_cast<std::size_t>(count) * sizeof(float));
       return;
-    case DType::kFloat16: {
-      auto* out = reinterpret_cast<std::uint16_t*>(to);
-      for (std::int64_t i = 0; i < count; ++i) out[i] = to_float16(values[i]);
-      return;
-    }
-    case DType::kBFloat16: {
-      auto* out = reinterpret_cast<std::uint16_t*>(to);
-      for (std::int64_t i = 0; i < count; ++i) out[i] = to_bfloat16(values[i]);
-      return;
-    }
+    case DType::kFloat16:
+    case DType::kBFloat16:
+      return cpu::round_row(cpu::selected_target(), dtype, values, count, to);
     default:
       throw InvalidArgument("gradients are float32, float16 or bfloat16; the destination is " +
                             std::string(dtype_name(dtype)));

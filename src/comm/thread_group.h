@@ -17,7 +17,7 @@ namespace zigzag::comm {
 
 /// What a rank thread offers its peers while they exchange.
 struct Offer {
-  enum class Kind : std::uint8_t { kBarrier, kAllGather, kGather, kReduce };
+  enum class Kind : std::uint8_t { kBarrier, kAllGather, kGather, kLoan, kReduce };
   Kind kind = Kind::kBarrier;
   Step step;
   std::span<const std::byte> bytes;
@@ -40,7 +40,7 @@ class ThreadGroup {
   /// Any rank's offer, between meet() and part().
   const Offer& offer(int rank) const { return offers_[static_cast<std::size_t>(rank)]; }
   /// Waits until all ranks have read what they came for. Never throws, so that memory on offer is
-  /// not freed under a reader: readers only copy, which ends.
+  /// not freed under a reader: readers only copy or compute, which ends.
   void part() noexcept;
   /// Ends the group: all waits throw with this reason.
   void fail(int rank, std::string_view reason) noexcept;

@@ -1,5 +1,7 @@
 #include <algorithm>
+#include <memory>
 #include <string>
+#include <vector>
 
 #include <fmt/format.h>
 
@@ -64,20 +66,33 @@ class ThreadsTransport final : public Transport {
     }
   }
 
+  bool lends() const override { return true; }
+
+  std::unique_ptr<Loan> lend(std::span<const TensorView> sources, const ExchangeTable& table,
+                             const Step& step) override {
+    check_loan(sources, table, rank_, size());
+    row_views(sources);  // refuses what peers could not read, before they come
+    return std::make_unique<ThreadsLoan>(*this, sources, step);
+  }
+
   void reduce(std::span<const TensorView> partials, std::span<const TensorView> destinations,
               const ExchangeTable& table, const Step& step, Queue /*queue*/) override {
-    check_reduce(partials, destinations, table, rank_, size());
+    check_reduce(partials, destinations, table, rank_, size(), true);
     row_views(partials);
     row_views(destinations);
     const Meeting meeting(
         *this, {.kind = Offer::Kind::kReduce, .step = step, .bytes = {}, .views = partials});
-    std::vector<Contribution> contributions(static_cast<std::size_t>(size()));
     for (std::size_t t = 0; t < destinations.size(); ++t) {
-      for (int r = 0; r < size(); ++r) {
-        const auto peer = static_cast<std::size_t>(r);
-        contributions[peer] = {table.sends[peer], group_->offer(r).views[t].as<const float>()};
+      // Partials of one row are both: all ranks' together say which it is.
+      bool contiguous = true;
+      for (int r = 0; r < size(); ++r) contiguous &= group_->offer(r).views[t].is_contiguous();
+      if (contiguous) {
+        sum(destinations[t], t, table, 0);
+        continue;
       }
-      sum_rows(destinations[t], 0, table.local_tokens, contributions);
+      for (std::int64_t head = 0; head < destinations[t].shape[1]; ++head) {
+        sum(destinations[t].slice(1, head, 1), t, table, head);
+      }
     }
   }
 
@@ -101,6 +116,35 @@ class ThreadsTransport final : public Transport {
    private:
     ThreadGroup& group_;
   };
+
+  class ThreadsLoan final : public Loan {
+   public:
+    ThreadsLoan(const ThreadsTransport& transport, std::span<const TensorView> sources,
+                const Step& step)
+        : group_(*transport.group_),
+          sources_(sources.begin(), sources.end()),
+          meeting_(transport,
+                   {.kind = Offer::Kind::kLoan, .step = step, .bytes = {}, .views = sources_}) {}
+    std::span<const TensorView> views(int rank) const override { return group_.offer(rank).views; }
+
+   private:
+    ThreadGroup& group_;
+    const std::vector<TensorView> sources_;  // peers look at them until the meeting ends
+    const Meeting meeting_;
+  };
+
+  // Sums the ranks' partials number `tensor`, from `head` on where they are head-major.
+  void sum(const TensorView& destination, std::size_t tensor, const ExchangeTable& table,
+           std::int64_t head) const {
+    std::vector<Contribution> contributions(static_cast<std::size_t>(size()));
+    for (int r = 0; r < size(); ++r) {
+      const TensorView& partial = group_->offer(r).views[tensor];
+      const auto peer = static_cast<std::size_t>(r);
+      contributions[peer] = {table.sends[peer],
+                             partial.as<const float>() + head * partial.strides[1]};
+    }
+    sum_rows(destination, 0, table.local_tokens, contributions);
+  }
 
   // Every rank compares all offers with rank 0's, so that all throw or none.
   void check_offers(const Offer& mine) const {

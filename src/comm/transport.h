@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -37,6 +38,15 @@ struct Step {
   int stages = 1;
 };
 
+/// Rows that ranks of one process let each other read where they are, until the loan is destroyed,
+/// which waits until every rank has destroyed its own: nobody's rows change under a reader.
+class Loan {
+ public:
+  virtual ~Loan() = default;
+  /// What a rank has lent.
+  virtual std::span<const TensorView> views(int rank) const = 0;
+};
+
 /// How ranks exchange rows. One implementation a file of src/comm. All calls are collective.
 class Transport {
  public:
@@ -61,6 +71,16 @@ class Transport {
   /// sources any more.
   virtual void gather(std::span<const TensorView> sources, std::span<const TensorView> destinations,
                       const ExchangeTable& table, const Step& step, Queue queue) = 0;
+
+  /// True when ranks share memory on the host, so that lend() can stand for gather(). Partials of
+  /// a reduction may then be head-major too: strides {head_dim, gathered_tokens x head_dim, 1}.
+  virtual bool lends() const { return false; }
+  /// Lends sources[i] [local_tokens, heads, head_dim] to all ranks and returns what they lend.
+  /// Between this and the end of the loan no other exchange is made. Null unless lends().
+  virtual std::unique_ptr<Loan> lend(std::span<const TensorView> /*sources*/,
+                                     const ExchangeTable& /*table*/, const Step& /*step*/) {
+    return nullptr;
+  }
 
   /// The reverse: partials[i] [gathered_tokens, heads, head_dim] float32 contiguous of every rank
   /// -> destinations[i] [local_tokens, heads, head_dim]: for every local row the sum of the

@@ -260,7 +260,7 @@ inline void add_gradients(const Problem& problem, const RowGroup& group, const K
 inline HWY_ATTR void backward_group(const Problem& problem, const BackwardTask& task,
                                     std::byte* memory) {
   const RowGroup& group = *task.group;
-  const BackwardScratch scratch(memory, problem.head_dim, group.lane_end - group.lane_begin);
+  const BackwardScratch scratch(memory, problem.head_dim, group.width);
   const AttendBackwardArgs& args = *problem.backward;
   bool finite_rows = true;
   for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
@@ -272,8 +272,8 @@ inline HWY_ATTR void backward_group(const Problem& problem, const BackwardTask& 
        block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kTileKeys);
     const bool finite_k =
-        load_block(args.k, group, block, all, problem.head_dim, scratch.stride, scratch.k);
-    load_block(args.v, group, block, all, problem.head_dim, scratch.stride, scratch.v);
+        load_block(problem.k, group, block, all, problem.head_dim, scratch.stride, scratch.k);
+    load_block(problem.v, group, block, all, problem.head_dim, scratch.stride, scratch.v);
     if (!finite_k) {
       clean_block(scratch.k, scratch.stride, all, scratch.columns, scratch.k_clean);
     }
@@ -282,8 +282,8 @@ inline HWY_ATTR void backward_group(const Problem& problem, const BackwardTask& 
     const KeyBlock next{block.end(), block.keys};
     std::int64_t part = 0;
     for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
-      prefetch_block(args.k, group, next, part, parts);
-      prefetch_block(args.v, group, next, part, parts);
+      prefetch_block(problem.k, group, next, part, parts);
+      prefetch_block(problem.v, group, next, part, parts);
       prefetch_sums(task.sums, problem, group, block, part, parts);
       ++part;
       const BlockRange range = block_range(panel.first, panel.last, block, kTileKeys);

@@ -269,7 +269,7 @@ inline void add_gradients(const Problem& problem, const RowGroup& group, const K
 
 inline void backward_group(const Problem& problem, const BackwardTask& task, std::byte* memory) {
   const RowGroup& group = *task.group;
-  const Bf16BackwardScratch scratch(memory, problem.head_dim, group.lane_end - group.lane_begin);
+  const Bf16BackwardScratch scratch(memory, problem.head_dim, group.width);
   const std::int64_t columns = scratch.columns;
   const AttendBackwardArgs& args = *problem.backward;
   [[maybe_unused]] const Engine engine;
@@ -283,10 +283,10 @@ inline void backward_group(const Problem& problem, const BackwardTask& task, std
   for (KeyBlock block = first_block(group.keys, kBlockKeys); block.begin < end;
        block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kUnit);
-    rows_of_block(args.v, group, block, all, problem.head_dim, columns, scratch.v_rows);
+    rows_of_block(problem.v, group, block, all, problem.head_dim, columns, scratch.v_rows);
     const bool finite_k =
-        copy_block(args.k, group, block, all, problem.head_dim, columns, scratch.block);
-    rows_of_block(args.k, group, block, all, problem.head_dim, columns, scratch.k_rows);
+        copy_block(problem.k, group, block, all, problem.head_dim, columns, scratch.block);
+    rows_of_block(problem.k, group, block, all, problem.head_dim, columns, scratch.k_rows);
     columns_of_block(scratch.block, columns, all, kBlockKeys, !finite_k, scratch.pairs,
                      scratch.k_columns);
     std::fill_n(scratch.dk, kBlockKeys * columns, 0.0f);
@@ -294,8 +294,8 @@ inline void backward_group(const Problem& problem, const BackwardTask& task, std
     const KeyBlock next{block.end(), block.keys};
     std::int64_t part = 0;
     for_each_panel(problem, group, next_width, [&](const Panel& panel) {
-      prefetch_block(args.k, group, next, part, parts);
-      prefetch_block(args.v, group, next, part, parts);
+      prefetch_block(problem.k, group, next, part, parts);
+      prefetch_block(problem.v, group, next, part, parts);
       prefetch_sums(task.sums, problem, group, block, part, parts);
       ++part;
       const BlockRange range = block_range(panel.first, panel.last, block, kUnit);

@@ -208,7 +208,7 @@ inline void finish_forward(const Problem& problem, const RowGroup& group, const 
 }
 
 inline void forward_group(const Problem& problem, const RowGroup& group, std::byte* memory) {
-  const Bf16ForwardScratch scratch(memory, problem.head_dim, group.lane_end - group.lane_begin);
+  const Bf16ForwardScratch scratch(memory, problem.head_dim, group.width);
   const std::int64_t columns = scratch.columns;
   const AttendArgs& args = *problem.args;
   [[maybe_unused]] const Engine engine;
@@ -227,16 +227,16 @@ inline void forward_group(const Problem& problem, const RowGroup& group, std::by
   for (KeyBlock block = first_block(group.keys, kForwardKeys); block.begin < end;
        block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kUnit);
-    rows_of_block(args.k, group, block, all, problem.head_dim, columns, scratch.k_rows);
+    rows_of_block(problem.k, group, block, all, problem.head_dim, columns, scratch.k_rows);
     const bool finite =
-        copy_block(args.v, group, block, all, problem.head_dim, columns, scratch.block);
+        copy_block(problem.v, group, block, all, problem.head_dim, columns, scratch.block);
     columns_of_block(scratch.block, columns, all, kForwardKeys, !finite, scratch.pairs,
                      scratch.v_columns);
     const KeyBlock next{block.end(), block.keys};
     std::int64_t part = 0;
     for_each_panel(problem, group, next_width, [&](const Panel& panel) {
-      prefetch_block(args.k, group, next, part, parts);
-      prefetch_block(args.v, group, next, part, parts);
+      prefetch_block(problem.k, group, next, part, parts);
+      prefetch_block(problem.v, group, next, part, parts);
       ++part;
       const BlockRange range = block_range(panel.first, panel.last, block, kUnit);
       if (!range.empty()) forward_block(problem, group, panel, block, range, finite, scratch);

@@ -201,24 +201,24 @@ inline bool copy_lanes(const Problem& problem, const TensorView& x, const RowGro
 }
 
 /// Keys of a block of k or v, [keys, columns]. Returns whether all are finite.
-inline bool copy_block(const TensorView& x, const RowGroup& group, const KeyBlock& block,
+inline bool copy_block(const KeyRows& x, const RowGroup& group, const KeyBlock& block,
                        const BlockRange& range, std::int64_t head_dim, std::int64_t columns,
                        std::uint16_t* to) {
   bool finite = true;
+  KeyCursor keys(x, group, block);
   for (int key = range.begin; key < range.end; ++key) {
-    finite &=
-        copy_row(key_pointer(x, group, block, key), head_dim, columns, to + key * columns, 32);
+    finite &= copy_row(keys.row(key), head_dim, columns, to + key * columns, 32);
   }
   return finite;
 }
 
 /// Keys of a block of k or v as rows of a product.
-inline void rows_of_block(const TensorView& x, const RowGroup& group, const KeyBlock& block,
+inline void rows_of_block(const KeyRows& x, const RowGroup& group, const KeyBlock& block,
                           const BlockRange& range, std::int64_t head_dim, std::int64_t columns,
                           std::uint16_t* to) {
+  KeyCursor keys(x, group, block);
   for (int key = range.begin; key < range.end; ++key) {
-    copy_row(key_pointer(x, group, block, key), head_dim, columns,
-             to + key / 16 * 16 * columns + key % 16 * 32, 512);
+    copy_row(keys.row(key), head_dim, columns, to + key / 16 * 16 * columns + key % 16 * 32, 512);
   }
 }
 

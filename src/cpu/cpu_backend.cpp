@@ -7,6 +7,7 @@
 #include <unordered_map>
 
 #include "cpu/kernel.h"
+#include "cpu/page_pool.h"
 #include "cpu/panel.h"
 #include "cpu/parallel.h"
 #include "cpu/target.h"
@@ -19,10 +20,23 @@ namespace {
 // Float32 sums of 16-bit gradients held at a time, unless one document and KV head needs more.
 constexpr std::int64_t kSumBytes = std::int64_t{40} << 20;
 
+KeyRows key_rows(const TensorView& x, std::span<const LentRows> lent) {
+  const std::int64_t item = item_size(x.dtype);
+  KeyRows rows;
+  rows.own = {0, x.shape[0], static_cast<const std::byte*>(x.data), x.strides[0] * item,
+              x.strides[1] * item};
+  rows.pieces = lent;
+  rows.dtype = x.dtype;
+  rows.row_bytes = x.shape[2] * item;
+  return rows;
+}
+
 Problem make_problem(const AttendArgs& args) {
   constexpr double kLog2E = 1.4426950408889634;
   Problem problem;
   problem.args = &args;
+  problem.k = key_rows(args.k, args.lent_k);
+  problem.v = key_rows(args.v, args.lent_v);
   problem.head_dim = args.q.shape[2];
   problem.group = args.k.shape[1] == 0 ? 1 : args.q.shape[1] / args.k.shape[1];
   const bool capped = args.softcap != 0;
@@ -38,7 +52,7 @@ std::int64_t forward_lanes(const Problem& problem, const KernelSet& kernels) {
   std::int64_t lanes = 0;
   for (const WorkItem& item : problem.args->items) lanes += item.q_count * problem.group;
   lanes *= problem.args->k.shape[1];
-  constexpr std::int64_t kTasksPerThread = 8;
+  constexpr std::int64_t kTasksPerThread = 4;
   constexpr std::int64_t kMostPanels = 16;
   const std::int64_t threads = num_threads();
   const std::int64_t panels =
@@ -64,8 +78,13 @@ std::unordered_map<std::int64_t, Rows> document_rows(const AttendArgs& args) {
 
 void set_zero(const TensorView& x) {
   const std::int64_t bytes = x.shape[2] * item_size(x.dtype);
+  const bool head_major = x.strides[0] == x.shape[2];
   parallel_ranges(x.shape[0], 256, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t row = begin; row < end; ++row) {
+    for (std::int64_t head = 0; head_major && head < x.shape[1]; ++head) {
+      std::byte* at = row_pointer(x, begin, head);
+      std::fill(at, at + (end - begin) * bytes, std::byte{0});
+    }
+    for (std::int64_t row = begin; !head_major && row < end; ++row) {
       for (std::int64_t head = 0; head < x.shape[1]; ++head) {
         std::byte* at = row_pointer(x, row, head);
         std::fill(at, at + bytes, std::byte{0});
@@ -91,8 +110,8 @@ void run_backward(const Problem& problem, const KernelSet& kernels, std::vector<
       std::int64_t task;
       ~Release() { turns.done(task, std::numeric_limits<std::int64_t>::max()); }
     } release{turns, i};
-    const std::int64_t lanes = groups[i].lane_end - groups[i].lane_begin;
-    std::byte* scratch = thread_scratch(kernels.backward_scratch(problem.head_dim, lanes));
+    std::byte* scratch =
+        thread_scratch(kernels.backward_scratch(problem.head_dim, groups[i].width));
     const BackwardTask task{&groups[i], i, sums.at(groups[i].unit), &turns};
     kernels.backward(problem, task, scratch);
   });
@@ -135,10 +154,10 @@ void backward_rounded(const Problem& problem, const KernelSet& kernels,
   }
   const Target target = selected_target();
   for (Wave& wave : waves) {
-    const std::unique_ptr<float, decltype(&std::free)> memory(
-        static_cast<float*>(allocate_pages(wave.floats * std::int64_t{sizeof(float)})), &std::free);
+    const std::shared_ptr<void> memory = pooled_pages(wave.floats * std::int64_t{sizeof(float)});
+    auto* const floats = static_cast<float*>(memory.get());
     std::unordered_map<std::int64_t, GradientSums> sums;
-    float* at = memory.get();
+    float* at = floats;
     for (const std::int64_t unit : wave.units) {
       const Rows& rows = documents.at(unit / kv_heads);
       const std::int64_t floats = (rows.end - rows.begin) * head_dim;
@@ -146,7 +165,7 @@ void backward_rounded(const Problem& problem, const KernelSet& kernels,
       at += 2 * floats;
     }
     parallel_ranges(wave.floats, 1 << 18, [&](std::int64_t begin, std::int64_t end) {
-      std::fill(memory.get() + begin, memory.get() + end, 0.0f);
+      std::fill(floats + begin, floats + end, 0.0f);
     });
     run_backward(problem, kernels, wave.groups, sums);
     parallel_for(std::ssize(wave.units), [&](std::int64_t i) {
@@ -161,18 +180,16 @@ void backward_rounded(const Problem& problem, const KernelSet& kernels,
 
 }  // namespace
 
-Buffer CpuBackend::allocate(std::int64_t bytes) {
-  return {std::shared_ptr<void>(allocate_pages(bytes), [](void* memory) { std::free(memory); }),
-          bytes};
-}
+Buffer CpuBackend::allocate(std::int64_t bytes) { return {pooled_pages(bytes), bytes}; }
 
 void FusedBackend::attend(const AttendArgs& args) {
   const KernelSet& kernels = kernels_of(selected_target(), args.q.dtype);
   const Problem problem = make_problem(args);
-  const std::vector<RowGroup> groups = row_groups(problem, forward_lanes(problem, kernels));
+  const std::vector<TaskRows> items = join_items(args.items);
+  const std::vector<RowGroup> groups =
+      row_groups(problem, items, forward_lanes(problem, kernels), kernels.panel_lanes);
   parallel_for(std::ssize(groups), [&](std::int64_t i) {
-    const std::int64_t lanes = groups[i].lane_end - groups[i].lane_begin;
-    std::byte* scratch = thread_scratch(kernels.forward_scratch(problem.head_dim, lanes));
+    std::byte* scratch = thread_scratch(kernels.forward_scratch(problem.head_dim, groups[i].width));
     kernels.forward(problem, groups[i], scratch);
   });
 }
@@ -181,7 +198,9 @@ void FusedBackend::attend_backward(const AttendBackwardArgs& args) {
   const KernelSet& kernels = kernels_of(selected_target(), args.q.dtype);
   Problem problem = make_problem(args);
   problem.backward = &args;
-  std::vector<RowGroup> groups = row_groups(problem, kernels.backward_lanes);
+  const std::vector<TaskRows> items = join_items(args.items);
+  std::vector<RowGroup> groups =
+      row_groups(problem, items, kernels.backward_lanes, kernels.panel_lanes);
   set_zero(args.dk);
   set_zero(args.dv);
   if (args.dk.dtype != DType::kFloat32) return backward_rounded(problem, kernels, groups);

@@ -19,6 +19,7 @@ class CpuBackend : public Backend {
 /// The SIMD kernels.
 class FusedBackend : public CpuBackend {
  public:
+  bool reads_lent_rows() const override { return true; }
   void attend(const AttendArgs& args) override;
   void attend_backward(const AttendBackwardArgs& args) override;
 };

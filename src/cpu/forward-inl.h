@@ -206,7 +206,7 @@ inline HWY_ATTR void finish_forward(const Problem& problem, const RowGroup& grou
 
 inline HWY_ATTR void forward_group(const Problem& problem, const RowGroup& group,
                                    std::byte* memory) {
-  const ForwardScratch scratch(memory, problem.head_dim, group.lane_end - group.lane_begin);
+  const ForwardScratch scratch(memory, problem.head_dim, group.width);
   const AttendArgs& args = *problem.args;
   for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
     load_lanes(problem, args.q, group, panel, scratch.stride, scratch.rows);
@@ -224,17 +224,17 @@ inline HWY_ATTR void forward_group(const Problem& problem, const RowGroup& group
   for (KeyBlock block = first_block(group.keys, kBlockKeys); block.begin < end;
        block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kTileKeys);
-    load_block(args.k, group, block, all, problem.head_dim, scratch.stride, scratch.k);
+    load_block(problem.k, group, block, all, problem.head_dim, scratch.stride, scratch.k);
     const bool finite =
-        load_block(args.v, group, block, all, problem.head_dim, scratch.stride, scratch.v);
+        load_block(problem.v, group, block, all, problem.head_dim, scratch.stride, scratch.v);
     if (!finite) {
       clean_block(scratch.v, scratch.stride, all, scratch.columns, scratch.v_clean);
     }
     const KeyBlock next{block.end(), block.keys};
     std::int64_t part = 0;
     for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
-      prefetch_block(args.k, group, next, part, parts);
-      prefetch_block(args.v, group, next, part, parts);
+      prefetch_block(problem.k, group, next, part, parts);
+      prefetch_block(problem.v, group, next, part, parts);
       ++part;
       const BlockRange range = block_range(panel.first, panel.last, block, kTileKeys);
       if (range.empty()) return;

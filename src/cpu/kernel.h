@@ -3,6 +3,8 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
+#include <span>
 #include <vector>
 
 #include "backend.h"
@@ -20,10 +22,23 @@ struct KeyBlock {
 /// Keys that one micro-tile covers; ranges of keys are widened to multiples of it.
 inline constexpr std::int64_t kTileKeys = 8;
 
+/// K or V of a call: rows in the gathered order, wherever they are.
+struct KeyRows {
+  LentRows own;                      // all rows, where they are in one tensor
+  std::span<const LentRows> pieces;  // else
+  DType dtype = DType::kFloat32;
+  std::int64_t row_bytes = 0;  // of one head
+  std::span<const LentRows> all() const {
+    return pieces.empty() ? std::span<const LentRows>(&own, 1) : pieces;
+  }
+};
+
 /// What all tasks of a call share. Query head h = kv_head * group + member.
 struct Problem {
   const AttendArgs* args = nullptr;
   const AttendBackwardArgs* backward = nullptr;  // null in the forward
+  KeyRows k;
+  KeyRows v;
   std::int64_t head_dim = 0;
   std::int64_t group = 1;  // query heads of a KV head
   // Scores in units of log2: score_scale * q.k, or with a softcap cap * tanh(score_scale * q.k).
@@ -36,20 +51,34 @@ struct Problem {
   }
 };
 
+/// The query rows of a work item, or those of a document's early and late item where both read the
+/// same gathered rows: their rows are neighbours in the shard, and keys loaded once serve both.
+struct TaskRows : WorkItem {
+  std::int64_t jump_row = std::numeric_limits<std::int64_t>::max();  // the first late row
+  std::int64_t jump = 0;                                             // positions left out before it
+  std::int64_t position(std::int64_t row) const {
+    return q_position + row + (row >= jump_row ? jump : 0);
+  }
+};
+
+/// The items of a call with early and late ones joined.
+std::vector<TaskRows> join_items(std::span<const WorkItem> items);
+
 /// The key positions [first, end) of a document that a query sees of an item.
 struct VisibleKeys {
   std::int64_t first = 0;
   std::int64_t end = 0;
 };
 
-/// A task: lanes of one work item and one KV head. Lane l of an item is its query row l / group
+/// A task: lanes of joined items and one KV head. Lane l of an item is its query row l / group
 /// and the KV head's member l % group, so that all query heads of a KV head share its keys and
 /// neighbouring lanes see nearly the same keys.
 struct RowGroup {
-  const WorkItem* item = nullptr;
+  const TaskRows* item = nullptr;
   std::int64_t kv_head = 0;
   std::int64_t lane_begin = 0;
   std::int64_t lane_end = 0;
+  std::int64_t width = 0;      // lanes to make room for: panels end at the jump
   VisibleKeys keys;            // that any of the lanes sees
   double cost = 0;             // visible pairs
   std::int64_t unit = 0;       // backward: which gradients of a document and KV head it adds to
@@ -57,10 +86,12 @@ struct RowGroup {
 };
 
 /// The keys that one lane of an item sees; first == end when none.
-VisibleKeys visible_keys(const Problem& problem, const WorkItem& item, std::int64_t lane);
+VisibleKeys visible_keys(const Problem& problem, const TaskRows& item, std::int64_t lane);
 
-/// The rows of a call cut into tasks of about `lanes` lanes, heaviest first (ties in item order).
-std::vector<RowGroup> row_groups(const Problem& problem, std::int64_t lanes);
+/// The rows of a call cut into tasks of at most `lanes` lanes, of whole panels of `panel_lanes`
+/// where the rows suffice; heaviest first (ties in item order).
+std::vector<RowGroup> row_groups(const Problem& problem, const std::vector<TaskRows>& items,
+                                 std::int64_t lanes, std::int64_t panel_lanes);
 
 /// Where a document's dK and dV of one KV head are summed: row r of the gathered rows
 /// [first_row, ...) at r * stride floats.

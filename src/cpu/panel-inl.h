@@ -39,14 +39,15 @@ HWY_INLINE hn::Mask<Floats> sees_vector(const PanelMask& mask, int vector, int k
 
 /// Keys [begin, end) of a block of K or V as float32 rows at `stride`; rows that the item lacks
 /// are 0. Returns whether all are finite.
-inline HWY_ATTR bool load_block(const TensorView& x, const RowGroup& group, const KeyBlock& block,
+inline HWY_ATTR bool load_block(const KeyRows& x, const RowGroup& group, const KeyBlock& block,
                                 const BlockRange& range, std::int64_t head_dim, std::int64_t stride,
                                 float* to) {
   const std::int64_t columns = padded_columns(head_dim);
   bool finite = true;
+  KeyCursor keys(x, group, block);
   for (int key = range.begin; key < range.end; ++key) {
     float* at = to + key * stride;
-    const std::byte* row = key_pointer(x, group, block, key);
+    const std::byte* row = keys.row(key);
     if (row == nullptr) {
       std::fill(at, at + columns, 0.0f);
     } else {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
+#include <span>
 
 #include "cpu/kernel.h"
 #include "zigzag/tensor.h"
@@ -46,7 +48,12 @@ inline void for_each_panel(const Problem& problem, const RowGroup& group,
   Panel panel;
   panel.lane_begin = group.lane_begin;
   while (panel.lane_begin < group.lane_end) {
-    const std::int64_t left = group.lane_end - panel.lane_begin;
+    std::int64_t end = group.lane_end;
+    // Rows on both sides of a jump see keys far apart: they share no panel.
+    if (group.item->jump > 0 && panel.lane_begin / problem.group < group.item->jump_row) {
+      end = std::min(end, group.item->jump_row * problem.group);
+    }
+    const std::int64_t left = end - panel.lane_begin;
     panel.width = next_width(left);
     panel.lanes = static_cast<int>(std::min<std::int64_t>(left, panel.width));
     panel.first = visible_keys(problem, *group.item, panel.lane_begin);
@@ -125,14 +132,48 @@ inline std::byte* lane_pointer(const Problem& problem, const TensorView& x, cons
   return row_pointer(x, group.item->q_begin + lane / problem.group, head);
 }
 
-/// The row of a key of a block in k or v; null when the item lacks it.
-inline const std::byte* key_pointer(const TensorView& x, const RowGroup& group,
-                                    const KeyBlock& block, int key) {
-  const WorkItem& item = *group.item;
-  const std::int64_t row = block.begin + key - item.k_position;
-  if (row < 0 || row >= item.k_count) return nullptr;
-  return row_pointer(x, item.k_begin + row, group.kv_head);
-}
+/// Finds the rows of a block's keys in k or v. Keys are asked for in rising order: a search is made
+/// only where the rows of one rank end.
+class KeyCursor {
+ public:
+  KeyCursor(const KeyRows& x, const RowGroup& group, const KeyBlock& block)
+      : pieces_(x.all()),
+        first_(block.begin - group.item->k_position),
+        k_begin_(group.item->k_begin),
+        k_count_(group.item->k_count),
+        kv_head_(group.kv_head) {}
+
+  /// Null when the item lacks the key.
+  const std::byte* row(int key) {
+    const std::int64_t index = first_ + key;
+    if (index < 0 || index >= k_count_) return nullptr;
+    const std::int64_t at = k_begin_ + index;
+    if (at < begin_ || at >= end_) find(at);
+    return data_ + (at - begin_) * row_stride_;
+  }
+
+ private:
+  void find(std::int64_t at) {
+    const auto next =
+        std::upper_bound(pieces_.begin(), pieces_.end(), at,
+                         [](std::int64_t row, const LentRows& piece) { return row < piece.begin; });
+    const LentRows& piece = *std::prev(next);
+    begin_ = piece.begin;
+    end_ = piece.end;
+    row_stride_ = piece.row_stride;
+    data_ = piece.data + kv_head_ * piece.head_stride;
+  }
+
+  std::span<const LentRows> pieces_;
+  std::int64_t first_;
+  std::int64_t k_begin_;
+  std::int64_t k_count_;
+  std::int64_t kv_head_;
+  std::int64_t begin_ = 0;
+  std::int64_t end_ = 0;
+  std::int64_t row_stride_ = 0;
+  const std::byte* data_ = nullptr;
+};
 
 /// Panels that a group is cut into when each is `lanes` wide.
 inline std::int64_t panel_count(const RowGroup& group, std::int64_t lanes) {
@@ -141,14 +182,16 @@ inline std::int64_t panel_count(const RowGroup& group, std::int64_t lanes) {
 
 /// Calls the rows of a block that the item has, part `part` of `parts` of them, towards the cache:
 /// between panels, so that the next block is there when its turn comes.
-inline void prefetch_block(const TensorView& x, const RowGroup& group, const KeyBlock& block,
+inline void prefetch_block(const KeyRows& x, const RowGroup& group, const KeyBlock& block,
                            std::int64_t part, std::int64_t parts) {
   if (block.begin >= group.keys.end) return;
-  const std::int64_t bytes = x.shape[2] * item_size(x.dtype);
+  KeyCursor keys(x, group, block);
   for (std::int64_t key = block.keys * part / parts; key < block.keys * (part + 1) / parts; ++key) {
-    const std::byte* row = key_pointer(x, group, block, static_cast<int>(key));
+    const std::byte* row = keys.row(static_cast<int>(key));
     if (row == nullptr) continue;
-    for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+    for (std::int64_t byte = 0; byte < x.row_bytes; byte += 64) {
+      __builtin_prefetch(row + byte, 0, 2);
+    }
   }
 }
 

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <limits>
 #include <thread>
+#include <unordered_map>
 
 #include "cpu/kernel.h"
 
@@ -9,8 +10,12 @@ namespace {
 
 // Pairs that lanes [begin, end) see: exact in the middle of a mask, a mean at its edges, which is
 // all that an order of tasks needs.
-double visible_pairs(const Problem& problem, const WorkItem& item, std::int64_t begin,
+double visible_pairs(const Problem& problem, const TaskRows& item, std::int64_t begin,
                      std::int64_t end) {
+  const std::int64_t jump = item.jump < 1 ? begin : item.jump_row * problem.group;
+  if (begin < jump && jump < end) {
+    return visible_pairs(problem, item, begin, jump) + visible_pairs(problem, item, jump, end);
+  }
   const VisibleKeys first = visible_keys(problem, item, begin);
   const VisibleKeys last = visible_keys(problem, item, end - 1);
   const auto keys = static_cast<double>(first.end - first.first + last.end - last.first);
@@ -25,9 +30,9 @@ void relax() {
 
 }  // namespace
 
-VisibleKeys visible_keys(const Problem& problem, const WorkItem& item, std::int64_t lane) {
+VisibleKeys visible_keys(const Problem& problem, const TaskRows& item, std::int64_t lane) {
   const Mask& mask = problem.args->mask;
-  const std::int64_t position = item.q_position + lane / problem.group;
+  const std::int64_t position = item.position(lane / problem.group);
   const std::int64_t end_of_keys = item.k_position + item.k_count;
   VisibleKeys keys{std::max(mask.first_key(position), item.k_position),
                    std::min(mask.end_key(position, item.document_length), end_of_keys)};
@@ -37,19 +42,49 @@ VisibleKeys visible_keys(const Problem& problem, const WorkItem& item, std::int6
   return keys;
 }
 
-std::vector<RowGroup> row_groups(const Problem& problem, std::int64_t lanes) {
+std::vector<TaskRows> join_items(std::span<const WorkItem> items) {
+  std::vector<TaskRows> joined;
+  std::unordered_map<std::int64_t, std::size_t> of_document;
+  for (const WorkItem& item : items) {
+    const auto [entry, is_new] = of_document.try_emplace(item.document, joined.size());
+    if (!is_new) {
+      TaskRows& other = joined[entry->second];
+      const WorkItem& early = item.q_begin < other.q_begin ? item : other;
+      const WorkItem& late = item.q_begin < other.q_begin ? other : item;
+      if (early.q_begin + early.q_count == late.q_begin && early.k_begin == late.k_begin &&
+          early.k_position == late.k_position && early.k_count <= late.k_count) {
+        TaskRows both{early};
+        both.q_count += late.q_count;
+        both.k_count = late.k_count;
+        both.jump_row = early.q_count;
+        both.jump = late.q_position - early.q_position - early.q_count;
+        other = both;
+        continue;
+      }
+    }
+    joined.push_back({item});
+  }
+  return joined;
+}
+
+std::vector<RowGroup> row_groups(const Problem& problem, const std::vector<TaskRows>& items,
+                                 std::int64_t lanes, std::int64_t panel_lanes) {
   const std::int64_t kv_heads = problem.args->k.shape[1];
   std::vector<RowGroup> groups;
-  for (const WorkItem& item : problem.args->items) {
+  for (const TaskRows& item : items) {
     const std::int64_t item_lanes = item.q_count * problem.group;
     if (item_lanes == 0) continue;
+    // Pieces of whole panels, alike in size: a small one would load its keys for a few lanes.
     const std::int64_t pieces = (item_lanes + lanes - 1) / lanes;
-    for (std::int64_t piece = 0; piece < pieces; ++piece) {
-      // Whole pieces first: their lanes fill panels.
+    const std::int64_t panels = (item_lanes + panel_lanes * pieces - 1) / (panel_lanes * pieces);
+    const std::int64_t piece_lanes = panels * panel_lanes;
+    for (std::int64_t begin = 0; begin < item_lanes; begin += piece_lanes) {
       RowGroup group;
       group.item = &item;
-      group.lane_begin = piece * lanes;
-      group.lane_end = std::min(item_lanes, group.lane_begin + lanes);
+      group.lane_begin = begin;
+      group.lane_end = std::min(item_lanes, begin + piece_lanes);
+      group.width = group.lane_end - begin;
+      if (item.jump > 0 && begin / problem.group < item.jump_row) group.width += panel_lanes;
       group.keys.first = visible_keys(problem, item, group.lane_begin).first;
       group.keys.end = visible_keys(problem, item, group.lane_end - 1).end;
       group.cost = visible_pairs(problem, item, group.lane_begin, group.lane_end);
