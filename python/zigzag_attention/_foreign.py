@@ -56,6 +56,7 @@ def deliver(out: _Result, like: Any) -> Any:
     kind, index = out.__dlpack_device__()
     if int(kind) == _CUDA:
         _core.synchronize(int(index))
+    namespace: Any
     if hasattr(like, "__array_namespace__"):
         namespace = like.__array_namespace__()
     else:

@@ -160,8 +160,9 @@ def _index_of(device: Any) -> int:
         return device
     if getattr(device, "type", None) != "cuda":
         raise ValueError(f"device is {device!r}; it must be a GPU: an index or a torch.device")
-    if device.index is not None:
-        return int(device.index)
+    index: Any = getattr(device, "index", None)
+    if index is not None:
+        return int(index)
     return int(sys.modules["torch"].cuda.current_device())
 
 
