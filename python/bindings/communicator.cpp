@@ -6,6 +6,7 @@
 
 #include "comm/agree.h"
 #include "comm/choose.h"
+#include "comm/shared_messages.h"
 #include "cuda/runtime.h"
 #include "run.h"
 
@@ -111,6 +112,14 @@ std::pair<std::string, std::string> choose(const Communicator& bootstrap, int de
   return {choice.name, choice.reason};
 }
 
+Communicator share_messages(const Communicator& base) {
+  return comm::share_messages(base, timeout_seconds(), [] {
+    call_python([] {
+      if (PyErr_CheckSignals() != 0) throw nb::python_error();
+    });
+  });
+}
+
 void synchronize(int device) {
   const nb::gil_scoped_release release;
   cuda::synchronize({DeviceType::kCuda, device}, nullptr);
@@ -160,6 +169,7 @@ void bind_communicator(nb::module_& module) {
   module.def("refuse", &refuse, nb::arg("communicator"), nb::arg("message"));
   module.def("choose_exchange", &choose, nb::arg("bootstrap"), nb::arg("device"),
              nb::arg("wanted"));
+  module.def("share_messages", &share_messages, nb::arg("base"));
   module.def("synchronize", &synchronize, nb::arg("device"));
   module.def("timeout_seconds", &timeout_seconds);
 }

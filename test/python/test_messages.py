@@ -1,0 +1,81 @@
+"""Short messages between processes of one machine: memory that they share."""
+
+import os
+import time
+
+from ranks import Processes, run_processes
+
+ROUNDS = """
+import random
+group = z.Communicator.from_torch(dist.group.WORLD)
+random.seed(5)
+for i in range(300):
+    # Sizes around the slot's, nothing, and more than a slot holds.
+    count = random.choice([0, 1, 104, 16383, 16384, 16385, 100000]) if i % 3 == 0 else i
+    mine = bytes([(rank * 31 + i) % 256]) * count
+    want = b"".join(bytes([(r * 31 + i) % 256]) * count for r in range(size))
+    assert group.all_gather(mine) == want, (i, count)
+    if i % 50 == rank:
+        time.sleep(0.02)  # somebody is always late
+group.barrier()
+start = time.perf_counter()
+for _ in range(200):
+    group.all_gather(b"x" * 104)
+print("microseconds", (time.perf_counter() - start) / 200 * 1e6)
+assert not [name for name in os.listdir("/dev/shm") if name.startswith(f"zigzag-{os.getpid()}-")]
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+DYING = """
+group = z.Communicator.from_torch(dist.group.WORLD)
+group.barrier()
+if rank == 2:
+    os.kill(os.getpid(), 9)
+start = time.monotonic()
+try:
+    group.barrier()
+except z.CommunicationError as error:
+    assert "rank 2 (process" in str(error) and "has died" in str(error), error
+    assert time.monotonic() - start < 10
+    os._exit(17)
+"""
+
+
+def test_messages_arrive_whole_and_in_order():
+    for size in (2, 5):
+        run_processes(size, ROUNDS)
+
+
+def test_a_dead_process_is_noticed_at_once():
+    ended = Processes(3, DYING).wait()
+    assert [end.code for end in ended] == [17, 17, -9], [end.output for end in ended]
+
+
+def test_a_deadline():
+    script = """
+group = z.Communicator.from_torch(dist.group.WORLD)
+group.barrier()
+if rank == 0:
+    time.sleep(8)
+try:
+    group.barrier()
+except TimeoutError as error:
+    assert "rank 1 waited 2 s for rank 0" in str(error), error
+    os._exit(17)
+except z.CommunicationError as error:
+    assert rank == 0, error
+    os._exit(17)
+os._exit(17 if rank == 0 else 1)
+"""
+    start = time.monotonic()
+    ended = Processes(2, script, ZIGZAG_TIMEOUT_S="2").wait()
+    assert [end.code for end in ended] == [17, 17], [end.output for end in ended]
+    assert time.monotonic() - start < 60
+
+
+def test_nothing_is_left_behind():
+    before = {name for name in os.listdir("/dev/shm") if name.startswith("zigzag-")}
+    run_processes(2, "z.Communicator.from_torch(dist.group.WORLD).barrier()\nos._exit(0)\n")
+    after = {name for name in os.listdir("/dev/shm") if name.startswith("zigzag-")}
+    assert after <= before
