@@ -160,9 +160,9 @@ void backward_rounded(const Problem& problem, const KernelSet& kernels,
     float* at = floats;
     for (const std::int64_t unit : wave.units) {
       const Rows& rows = documents.at(unit / kv_heads);
-      const std::int64_t floats = (rows.end - rows.begin) * head_dim;
-      sums[unit] = {at, at + floats, head_dim, head_dim, rows.begin};
-      at += 2 * floats;
+      const std::int64_t count = (rows.end - rows.begin) * head_dim;
+      sums[unit] = {at, at + count, head_dim, head_dim, rows.begin};
+      at += 2 * count;
     }
     parallel_ranges(wave.floats, 1 << 18, [&](std::int64_t begin, std::int64_t end) {
       std::fill(floats + begin, floats + end, 0.0f);
