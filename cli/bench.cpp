@@ -15,6 +15,10 @@ void add_benchmark(CLI::App& bench, Action& action, const std::string& name,
   auto options = std::make_shared<BenchOptions>(defaults);
   Flags flags(*command);
   options->declare(flags);
+  if (run == bench_attention) {
+    flags.text("--timeline", options->timeline, "FILE",
+               "Write what the GPUs did in one forward and backward, as Chrome trace JSON");
+  }
   command->footer(footer);
   command->callback([options, run, &action] { action = [options, run] { return run(*options); }; });
 }
@@ -53,7 +57,8 @@ void add_bench(CLI::App& app, Action& action) {
       bench_attention,
       "Examples:\n"
       "  zigzag bench attention --lengths 4096 --ranks 4\n"
-      "  zigzag bench attention --lengths 2048 --head-dim 64 --dtype bfloat16 --repeat 9");
+      "  zigzag bench attention --lengths 2048 --head-dim 64 --dtype bfloat16 --repeat 9\n"
+      "  zigzag bench attention --device cuda --dtype bfloat16 --ranks 2 --timeline step.json");
   BenchOptions plan;
   plan.group.ranks = 1024;
   plan.repeat = 3;

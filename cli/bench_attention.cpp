@@ -14,6 +14,7 @@
 #include "pack_source.h"
 #include "progress.h"
 #include "run_job.h"
+#include "timeline.h"
 #include "zigzag/error.h"
 #include "zigzag/system.h"
 
@@ -59,8 +60,9 @@ class AttentionBench {
 
   const Plan& plan() const { return plan_; }
 
-  // One forward and backward; the times are those of the slowest rank.
-  std::array<double, kPasses> step(Kernels kernels) {
+  // One forward and backward; the times are those of the slowest rank. `timeline`: takes down what
+  // the GPUs do.
+  std::array<double, kPasses> step(Kernels kernels, std::vector<PassTimeline>* timeline = nullptr) {
     std::array<double, kPasses> slowest{};
     std::mutex mutex;
     group_.run([&](const Communicator& communicator, Device device) {
@@ -71,13 +73,36 @@ class AttentionBench {
       const auto finish = [&] {
         if (device.type == DeviceType::kCuda) cuda::synchronize(device, options.stream);
       };
+      // Between barriers: all ranks are inside the pass while one of them switches.
+      const auto switch_timeline = [&](const char* pass) {
+        if (timeline == nullptr) return;
+        communicator.barrier();
+        if (communicator.rank() == 0) {
+          if (!timeline->empty()) timeline->back().spans = cuda::stop_timeline();
+          if (pass != nullptr) {
+            timeline->push_back({pass, {}});
+            cuda::start_timeline();
+          }
+        }
+      };
       const Results& r = mine.results;
+      if (device.type == DeviceType::kCuda) {
+        // The group is new: its memory and the packs' tables are made in a step that is not timed.
+        forward(mine.q.view(), mine.k.view(), mine.v.view(), plan_, communicator, options,
+                r[kOut].view(), r[kLse].view());
+        backward(mine.dout.view(), mine.q.view(), mine.k.view(), mine.v.view(), r[kOut].view(),
+                 r[kLse].view(), plan_, communicator, options, r[kDQ].view(), r[kDK].view(),
+                 r[kDV].view());
+        finish();
+      }
+      switch_timeline(kPassNames[kForward]);
       communicator.barrier();
       const double first = timed([&] {
         forward(mine.q.view(), mine.k.view(), mine.v.view(), plan_, communicator, options,
                 r[kOut].view(), r[kLse].view());
         finish();
       });
+      switch_timeline(kPassNames[kBackward]);
       communicator.barrier();
       const double second = timed([&] {
         backward(mine.dout.view(), mine.q.view(), mine.k.view(), mine.v.view(), r[kOut].view(),
@@ -85,6 +110,7 @@ class AttentionBench {
                  r[kDV].view());
         finish();
       });
+      switch_timeline(nullptr);
       const std::lock_guard<std::mutex> lock(mutex);
       slowest[kForward] = std::max(slowest[kForward], first);
       slowest[kBackward] = std::max(slowest[kBackward], second);
@@ -162,7 +188,8 @@ struct Measured {
   PassTimes over_ranks;
   PassTimes one_rank;
   PassTimes twin;
-  Times peak;  // GFLOP/s
+  Times peak;                          // GFLOP/s
+  std::vector<PassTimeline> timeline;  // on GPUs
   std::int64_t wrong = 0;
 };
 
@@ -198,6 +225,7 @@ Measured measure(AttentionBench& bench, AttentionBench* single, int threads, boo
     record(m.over_ranks, bench.step(Kernels::kFused));
     if (single != nullptr) record(m.one_rank, single->step(Kernels::kFused));
   }
+  if (!on_cpu) bench.step(Kernels::kFused, &m.timeline);
   return m;
 }
 
@@ -231,6 +259,8 @@ void add_rows(std::vector<BenchRow>& rows, const Measured& m, int threads, doubl
     }
     row["x reference"] = nullptr;
     if (!m.twin[p].empty()) row["x reference"] = m.twin[p].median() / times.median();
+    if (p < m.timeline.size()) row["exposed ms"] = exposed_ms(m.timeline[p].spans);
+    if (p == kBoth && !m.timeline.empty()) row["exposed ms"] = nullptr;
     row["#wrong"] = m.wrong;
     rows.push_back(std::move(row));
   }
@@ -258,6 +288,9 @@ int bench_attention(const BenchOptions& options) {
   one.ranks = 1;
   const Group single_group(one);
   const bool on_cpu = group.device() == "cpu";
+  if (on_cpu && !chosen.timeline.empty()) {
+    throw InvalidArgument("--timeline shows what GPUs do; it needs --device cuda");
+  }
 
   Progress progress(true);
   progress.show("drawing q, k, v");
@@ -297,6 +330,7 @@ int bench_attention(const BenchOptions& options) {
     if (on_cpu) head[fmt::format("fma_peak_gflops_{}_threads", count)] = m.peak.median();
     add_rows(rows, m, count, forward_flops);
     wrong += m.wrong;
+    if (!chosen.timeline.empty()) write_timeline(chosen.timeline, m.timeline);
     if (!on_cpu) break;
   }
   progress.clear();

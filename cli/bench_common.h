@@ -22,6 +22,7 @@ struct BenchOptions {
   std::int64_t repeat = 9;
   bool reference = false;
   bool json = false;
+  std::string timeline;  // attention on GPUs: the file to write
 
   /// Declares the flags; the defaults are what this object holds.
   void declare(Flags& flags);

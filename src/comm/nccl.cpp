@@ -17,6 +17,7 @@
 #include "cuda/layout.h"
 #include "cuda/library.h"
 #include "cuda/sum_rows.h"
+#include "cuda/timeline.h"
 #include "zigzag/communicator.h"
 #include "zigzag/error.h"
 
@@ -161,6 +162,8 @@ class NcclTransport final : public Transport {
                 const Packing& in, const Step& step, cudaStream_t stream, const Place& place) {
     watch_->check();
     cuda::DeviceGuard guard(device_);
+    const cuda::TimelineScope scope(step_text(step), rank(), device_, cuda::Lane::kExchange,
+                                    stream);
     cuda::DeviceState& device = cuda::DeviceState::get(device_);
     std::vector<std::unique_ptr<cuda::Scratch>> sent;
     std::vector<std::unique_ptr<cuda::Scratch>> received;

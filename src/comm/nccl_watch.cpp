@@ -4,6 +4,7 @@
 
 #include "comm/wait.h"
 #include "cuda/check.h"
+#include "cuda/stop.h"
 #include "zigzag/error.h"
 
 namespace zigzag::comm {
@@ -19,6 +20,7 @@ NcclWatch::NcclWatch(const NcclLibrary& nccl, ncclComm_t comm, int device, int r
       device_(device),
       rank_(rank),
       timeout_(timeout),
+      stop_(cuda::make_stop_flag()),
       progress_(std::chrono::steady_clock::now()),
       thread_([this] { run(); }) {}
 
@@ -26,6 +28,8 @@ NcclWatch::~NcclWatch() {
   (void)stop();
   for (const Entry& entry : entries_) (void)cudaEventDestroy(entry.done);
   for (cudaEvent_t event : spare_) (void)cudaEventDestroy(event);
+  // When the flag is set, a kernel that looks at it may still be under way.
+  if (*stop_ == 0) (void)cudaFreeHost(stop_);
 }
 
 void NcclWatch::started(const std::string& step, cudaStream_t stream) {
@@ -38,6 +42,8 @@ void NcclWatch::started(const std::string& step, cudaStream_t stream) {
     cuda::check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
   }
   cuda::check(cudaEventRecord(event, stream), "cudaEventRecord");
+  // An aborted exchange ends as if it were complete: nothing may run on with what it left.
+  cuda::stop_if_set(stop_, stream);
   entries_.push_back({step, event, std::chrono::steady_clock::now()});
 }
 
@@ -51,7 +57,10 @@ void NcclWatch::check() {
 void NcclWatch::abort(std::string_view reason) noexcept {
   const std::lock_guard lock(mutex_);
   try {
-    if (failure_.empty()) fail("this rank failed: " + std::string(reason), false);
+    if (!failure_.empty()) return;
+    // The peers hear of it from this rank, so the GPU may go on.
+    failure_ = "this rank failed: " + std::string(reason);
+    (void)nccl_.abort(comm_);
   } catch (...) {
     // Out of memory for a message: the abort itself has been made or needs none.
   }
@@ -105,6 +114,8 @@ void NcclWatch::look() {
 void NcclWatch::fail(std::string message, bool timed_out) {
   failure_ = std::move(message);
   timed_out_ = timed_out;
+  cuda::note_stop(failure_);
+  *static_cast<volatile int*>(stop_) = 1;
   (void)nccl_.abort(comm_);
 }
 

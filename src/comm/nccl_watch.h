@@ -48,6 +48,7 @@ class NcclWatch {
   int device_;
   int rank_;
   double timeout_;
+  int* stop_;  // set when what exchanges have left on the GPU must not be used
   std::mutex mutex_;
   std::condition_variable wake_;
   std::deque<Entry> entries_;

@@ -10,6 +10,7 @@
 #include "cuda/check.h"
 #include "cuda/layout.h"
 #include "cuda/sum_rows.h"
+#include "cuda/timeline.h"
 #include "zigzag/communicator.h"
 #include "zigzag/error.h"
 
@@ -79,21 +80,29 @@ class PeerTransport final : public Transport {
       offsets.push_back(bytes);
       bytes = align(bytes + source.shape[0] * row_bytes(source));
     }
-    auto* packed = static_cast<std::byte*>(group_.begin(std::max<std::int64_t>(bytes, 1), stream));
-    const Segment whole[] = {{0, 0, 0, table.local_tokens}};
+    auto* packed =
+        static_cast<std::byte*>(group_.begin(std::max<std::int64_t>(bytes, 1), step, stream));
+    std::vector<TensorView> copies;
     for (std::size_t t = 0; t < sources.size(); ++t) {
-      const TensorView copy = packed_like(sources[t], packed + offsets[t], table.local_tokens);
-      cuda::copy_rows(sources[t], copy, whole, 0, stream);
+      copies.push_back(packed_like(sources[t], packed + offsets[t], table.local_tokens));
+    }
+    {
+      const auto scope = span("pack rows for peers", stream);
+      const Segment whole[] = {{0, 0, 0, table.local_tokens}};
+      if (sources.size() == 2) {
+        cuda::copy_rows_twice(sources.first(1), copies[0], sources.last(1), copies[1], whole, 0,
+                              stream);
+      } else {
+        for (std::size_t t = 0; t < sources.size(); ++t) {
+          cuda::copy_rows(sources[t], copies[t], whole, 0, stream);
+        }
+      }
     }
     group_.packed(stream);
-    std::vector<Segment> own = table.receives[static_cast<std::size_t>(rank())];
-    for (Segment& segment : own) segment.source = 0;
-    for (std::size_t t = 0; t < sources.size(); ++t) {
-      cuda::copy_rows(sources[t], destinations[t], own, list_key(table, kOwn), stream);
-    }
     const std::vector<std::int64_t> all_offsets = group_.publish(offsets, step, stream);
-    for (std::size_t t = 0; t < sources.size(); ++t) {
-      pull(t, sources.size(), all_offsets, destinations[t], table, stream);
+    {
+      const auto scope = span("pull rows from peers", stream);
+      pull(sources.size(), all_offsets, destinations, table, stream);
     }
     group_.end(stream);
   }
@@ -104,7 +113,7 @@ class PeerTransport final : public Transport {
     check_device(destinations, group_.device(), rank());
     cuda::DeviceGuard guard(group_.device());
     const cudaStream_t stream = as_stream(queue.stream);
-    if (group_.one_process()) {
+    if (group_.shares_addresses(stream)) {
       reduce_in_place(partials, destinations, table, step, stream);
     } else {
       reduce_packed(partials, destinations, table, step, stream);
@@ -112,47 +121,106 @@ class PeerTransport final : public Transport {
   }
 
  private:
-  /// Fetches the rows of tensor t from every other rank.
-  void pull(std::size_t t, std::size_t tensors, const std::vector<std::int64_t>& offsets,
-            const TensorView& destination, const ExchangeTable& table, cudaStream_t stream) {
-    std::vector<TensorView> sources;
-    std::vector<Segment> segments;
-    for (int i = 0; i + 1 < size(); ++i) {
-      // Ranks start behind themselves, so that they do not all read one GPU at once.
-      const int peer = (rank() + 1 + i) % size();
-      const auto at = static_cast<std::size_t>(peer);
-      const auto* memory = static_cast<const std::byte*>(group_.memory(peer));
-      sources.push_back(
-          packed_like(destination, memory + offsets[at * tensors + t], destination.shape[0]));
+  cuda::TimelineScope span(std::string_view name, cudaStream_t stream) const {
+    return {name, group_.rank(), group_.device(), cuda::Lane::kExchange, stream};
+  }
+
+  /// Fetches the rows of every tensor from all ranks, this one's own among them.
+  void pull(std::size_t tensors, const std::vector<std::int64_t>& offsets,
+            std::span<const TensorView> destinations, const ExchangeTable& table,
+            cudaStream_t stream) {
+    std::vector<Segment> remote;
+    std::vector<Segment> own;
+    for (int i = 0; i < size(); ++i) {
+      const auto at = static_cast<std::size_t>(ring_peer(i));
       for (Segment segment : table.receives[at]) {
         segment.source = i;
-        segments.push_back(segment);
+        (i + 1 < size() ? remote : own).push_back(segment);
       }
     }
-    const std::int64_t bytes = row_bytes(destination);
-    const auto count = static_cast<std::int64_t>(segments.size());
+    std::vector<std::vector<TensorView>> sources(tensors);
+    for (std::size_t t = 0; t < tensors; ++t) {
+      for (int i = 0; i < size(); ++i) {
+        const auto at = static_cast<std::size_t>(ring_peer(i));
+        const auto* memory = static_cast<const std::byte*>(group_.memory(ring_peer(i)));
+        sources[t].push_back(packed_like(destinations[t], memory + offsets[at * tensors + t],
+                                         destinations[t].shape[0]));
+      }
+    }
+    const std::int64_t bytes = row_bytes(destinations[0]);
+    const auto count = static_cast<std::int64_t>(remote.size());
     const bool engine = copy_by_ == CopyBy::kEngine ||
                         (copy_by_ == CopyBy::kAuto && count <= kMaxEngineCopies && count > 0 &&
-                         count_rows(segments) * bytes / count >= kEngineBytes);
-    if (!engine) {
-      cuda::copy_rows(sources, destination, segments, list_key(table, kPull), stream);
-      return;
+                         count_rows(remote) * bytes / count >= kEngineBytes);
+    std::vector<Segment> segments = engine ? own : interleave(remote, own);
+    const std::uint64_t key = list_key(table, engine ? kOwn : kPull);
+    if (tensors == 2) {
+      cuda::copy_rows_twice(sources[0], destinations[0], sources[1], destinations[1], segments, key,
+                            stream);
+    } else {
+      for (std::size_t t = 0; t < tensors; ++t) {
+        cuda::copy_rows(sources[t], destinations[t], segments, key, stream);
+      }
     }
-    for (const Segment& segment : segments) {
-      const auto* from = sources[static_cast<std::size_t>(segment.source)].as<std::byte>() +
-                         segment.source_row * bytes;
-      check(cudaMemcpyAsync(destination.as<std::byte>() + segment.destination_row * bytes, from,
-                            static_cast<std::size_t>(segment.rows * bytes), cudaMemcpyDefault,
-                            stream),
-            "cudaMemcpyAsync");
+    for (std::size_t t = 0; engine && t < tensors; ++t) {
+      for (const Segment& segment : remote) {
+        const auto* from = sources[t][static_cast<std::size_t>(segment.source)].as<std::byte>() +
+                           segment.source_row * row_bytes(destinations[t]);
+        check(cudaMemcpyAsync(destinations[t].as<std::byte>() +
+                                  segment.destination_row * row_bytes(destinations[t]),
+                              from,
+                              static_cast<std::size_t>(segment.rows * row_bytes(destinations[t])),
+                              cudaMemcpyDefault, stream),
+              "cudaMemcpyAsync");
+      }
     }
+  }
+
+  /// The ranks in the order in which this one reads them, itself last: not all read one GPU at
+  /// once.
+  int ring_peer(int i) const { return (rank() + 1 + i) % size(); }
+
+  /// Remote rows, which come over a link, among the rank's own, which do not, so that a launch that
+  /// goes through them in order uses the link from first to last.
+  static std::vector<Segment> interleave(const std::vector<Segment>& remote,
+                                         const std::vector<Segment>& own) {
+    constexpr std::int64_t kParts = 16;
+    constexpr std::int64_t kFewestRows = 128;
+    const std::int64_t remote_rows = count_rows(remote);
+    const std::int64_t own_rows = count_rows(own);
+    const std::int64_t step = std::max(kFewestRows, (remote_rows + own_rows) / kParts);
+    const auto cut = [&](const std::vector<Segment>& list) {
+      std::vector<Segment> parts;
+      for (const Segment& segment : list) {
+        for (std::int64_t row = 0; row < segment.rows; row += step) {
+          parts.push_back({segment.source, segment.source_row + row, segment.destination_row + row,
+                           std::min(step, segment.rows - row)});
+        }
+      }
+      return parts;
+    };
+    const std::vector<Segment> own_parts = cut(own);
+    std::vector<Segment> all;
+    std::size_t next = 0;
+    std::int64_t remote_done = 0;
+    std::int64_t own_done = 0;
+    for (const Segment& part : cut(remote)) {
+      all.push_back(part);
+      remote_done += part.rows;
+      while (next < own_parts.size() && own_done * remote_rows < remote_done * own_rows) {
+        own_done += own_parts[next].rows;
+        all.push_back(own_parts[next++]);
+      }
+    }
+    for (; next < own_parts.size(); ++next) all.push_back(own_parts[next]);
+    return all;
   }
 
   /// Reads peers' partials where they lie: all ranks share this process and its addresses.
   void reduce_in_place(std::span<const TensorView> partials,
                        std::span<const TensorView> destinations, const ExchangeTable& table,
                        const Step& step, cudaStream_t stream) {
-    (void)group_.begin(1, stream);
+    (void)group_.begin(1, step, stream);
     group_.packed(stream);
     std::vector<std::int64_t> addresses;
     for (const TensorView& partial : partials) {
@@ -160,6 +228,7 @@ class PeerTransport final : public Transport {
           static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(partial.data)));
     }
     const std::vector<std::int64_t> all = group_.publish(addresses, step, stream);
+    const auto scope = span("sum partials", stream);
     const cuda::TableKey key{list_key(table, kSum), 0, 30};
     for (std::size_t t = 0; t < partials.size(); ++t) {
       std::vector<const void*> sources;
@@ -175,7 +244,7 @@ class PeerTransport final : public Transport {
     group_.wait_for_readers(step, stream);
   }
 
-  /// Packs what each peer will read, since another process sees only this transport's own memory.
+  /// Packs what each peer will read, where it sees only this transport's own memory.
   void reduce_packed(std::span<const TensorView> partials, std::span<const TensorView> destinations,
                      const ExchangeTable& table, const Step& step, cudaStream_t stream) {
     std::vector<Segment> packing;
@@ -196,15 +265,20 @@ class PeerTransport final : public Transport {
       offsets.push_back(bytes);
       bytes = align(bytes + rows * row_bytes(partial));
     }
-    auto* packed = static_cast<std::byte*>(group_.begin(std::max<std::int64_t>(bytes, 1), stream));
-    for (std::size_t t = 0; t < partials.size(); ++t) {
-      const TensorView copy = packed_like(partials[t], packed + offsets[t], rows);
-      cuda::copy_rows(partials[t], copy, packing, list_key(table, kPackPartials), stream);
+    auto* packed =
+        static_cast<std::byte*>(group_.begin(std::max<std::int64_t>(bytes, 1), step, stream));
+    {
+      const auto scope = span("pack partials for peers", stream);
+      for (std::size_t t = 0; t < partials.size(); ++t) {
+        const TensorView copy = packed_like(partials[t], packed + offsets[t], rows);
+        cuda::copy_rows(partials[t], copy, packing, list_key(table, kPackPartials), stream);
+      }
     }
     group_.packed(stream);
     std::vector<std::int64_t> values = offsets;
     values.insert(values.end(), first_rows.begin(), first_rows.end());
     const std::vector<std::int64_t> all = group_.publish(values, step, stream);
+    const auto scope = span("sum partials", stream);
     const cuda::TableKey key{list_key(table, kSum), 0, 31};
     for (std::size_t t = 0; t < partials.size(); ++t) {
       std::vector<const void*> sources;

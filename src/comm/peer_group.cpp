@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <mutex>
+#include <set>
 #include <string>
 #include <utility>
 
@@ -11,6 +13,8 @@
 #include "comm/wait.h"
 #include "cuda/check.h"
 #include "cuda/device.h"
+#include "cuda/stop.h"
+#include "zigzag/communicator.h"
 #include "zigzag/error.h"
 
 namespace zigzag::comm {
@@ -37,8 +41,7 @@ struct Introduction {
 /// What a rank lets its peers open.
 struct Opening {
   std::shared_ptr<PeerShare>* share = nullptr;  // for the same process
-  cudaIpcEventHandle_t ready[kPeerRing] = {};
-  cudaIpcEventHandle_t consumed[kPeerRing] = {};
+  cudaIpcMemHandle_t flags = {};                // for the others
 };
 
 /// What a rank says in every exchange, before its values.
@@ -47,19 +50,68 @@ struct Header {
   std::uint64_t address = 0;
   std::int64_t capacity = 0;
   cudaIpcMemHandle_t handle = {};
+  std::int64_t captured = 0;  // 1 + its number: the exchange is part of a graph
+  std::uint64_t flags = 0;    // of that
 };
+
+/// Lets the current device read `peer`, once a process.
+void enable_access(int device, int peer) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, int>> enabled;
+  const std::lock_guard lock(mutex);
+  if (!enabled.insert({device, peer}).second) return;
+  const cudaError_t status = cudaDeviceEnablePeerAccess(peer, 0);
+  if (status == cudaErrorPeerAccessAlreadyEnabled) {
+    (void)cudaGetLastError();
+  } else {
+    check(status, "cudaDeviceEnablePeerAccess");
+  }
+}
+
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+/// Zeroed memory of this device that is not the pool's, so that it can be opened elsewhere.
+void* zeroed_memory(std::int64_t bytes) {
+  void* memory = nullptr;
+  check(cudaMalloc(&memory, static_cast<std::size_t>(bytes)), "cudaMalloc");
+  check(cudaMemset(memory, 0, static_cast<std::size_t>(bytes)), "cudaMemset");
+  check(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
+  return memory;
+}
 
 }  // namespace
 
-PeerShare::PeerShare(int device_index, bool interprocess) : device(device_index) {
+PeerShare::PeerShare(int device_index, int rank, int size, bool interprocess)
+    : device(device_index) {
   cuda::DeviceGuard guard(device);
-  const unsigned flags =
-      cudaEventDisableTiming | (interprocess ? unsigned{cudaEventInterprocess} : 0u);
   for (int i = 0; i < kPeerRing; ++i) {
     const auto at = static_cast<std::size_t>(i);
-    check(cudaEventCreateWithFlags(&ready[at], flags), "cudaEventCreate");
-    check(cudaEventCreateWithFlags(&consumed[at], flags), "cudaEventCreate");
+    check(cudaEventCreateWithFlags(&ready[at], cudaEventDisableTiming), "cudaEventCreate");
+    check(cudaEventCreateWithFlags(&consumed[at], cudaEventDisableTiming), "cudaEventCreate");
   }
+  if (!interprocess) return;
+  flags = zeroed_memory(PeerSignals::flag_bytes(size));
+  signals = std::make_unique<PeerSignals>(device, rank, size, timeout_seconds(), flags);
+}
+
+CapturedExchange::CapturedExchange(int device_index, int rank, int size, std::int64_t bytes)
+    : device(device_index), peers(static_cast<std::size_t>(size)) {
+  memory = zeroed_memory(bytes);
+  flags = zeroed_memory(PeerSignals::flag_bytes(size));
+  signals = std::make_unique<PeerSignals>(device, rank, size, timeout_seconds(), flags);
+}
+
+CapturedExchange::~CapturedExchange() {
+  int previous = 0;
+  (void)cudaGetDevice(&previous);
+  (void)cudaSetDevice(device);
+  (void)cudaFree(memory);
+  (void)cudaFree(flags);
+  (void)cudaSetDevice(previous);
 }
 
 PeerShare::~PeerShare() {
@@ -68,6 +120,7 @@ PeerShare::~PeerShare() {
   (void)cudaSetDevice(device);
   for (void* slot : slots) (void)cudaFree(slot);
   for (void* slot : outgrown) (void)cudaFree(slot);
+  (void)cudaFree(flags);
   for (const auto& events : {ready, consumed}) {
     for (cudaEvent_t event : events) (void)cudaEventDestroy(event);
   }
@@ -133,23 +186,13 @@ void PeerGroup::connect() {
                         ") cannot reach the GPU of rank " + std::to_string(r) + " (" + other.bus +
                         ")");
     }
-    const cudaError_t status = cudaDeviceEnablePeerAccess(index, 0);
-    if (status == cudaErrorPeerAccessAlreadyEnabled) {
-      (void)cudaGetLastError();
-    } else {
-      check(status, "cudaDeviceEnablePeerAccess");
-    }
+    enable_access(device_, index);
   }
-  share_ = std::make_shared<PeerShare>(device_, !one_process_);
+  share_ = std::make_shared<PeerShare>(device_, rank(), size(), !one_process_);
   Opening opening;
   opening.share = &share_;
   if (!one_process_) {
-    for (int i = 0; i < kPeerRing; ++i) {
-      const auto at = static_cast<std::size_t>(i);
-      check(cudaIpcGetEventHandle(&opening.ready[i], share_->ready[at]), "cudaIpcGetEventHandle");
-      check(cudaIpcGetEventHandle(&opening.consumed[i], share_->consumed[at]),
-            "cudaIpcGetEventHandle");
-    }
+    check(cudaIpcGetMemHandle(&opening.flags, share_->flags), "cudaIpcGetMemHandle");
   }
   const std::vector<Opening> openings = all_gather(*bootstrap_, opening);
   peers_.resize(static_cast<std::size_t>(size()));
@@ -161,21 +204,26 @@ void PeerGroup::connect() {
       peer.share = *openings[at].share;
       peer.ready = peer.share->ready;
       peer.consumed = peer.share->consumed;
+      if (!one_process_ && r != rank()) share_->signals->connect(r, peer.share->flags);
       continue;
     }
-    for (int i = 0; i < kPeerRing; ++i) {
-      check(cudaIpcOpenEventHandle(&peer.ready[static_cast<std::size_t>(i)], openings[at].ready[i]),
-            "cudaIpcOpenEventHandle");
-      check(cudaIpcOpenEventHandle(&peer.consumed[static_cast<std::size_t>(i)],
-                                   openings[at].consumed[i]),
-            "cudaIpcOpenEventHandle");
-    }
+    check(cudaIpcOpenMemHandle(&peer.flags, openings[at].flags, cudaIpcMemLazyEnablePeerAccess),
+          "cudaIpcOpenMemHandle");
+    share_->signals->connect(r, peer.flags);
   }
   // Nobody may go on and drop its share before all have taken it.
   bootstrap_->barrier();
 }
 
 PeerGroup::~PeerGroup() {
+  if (!cuda::stop_text().empty()) {
+    // The GPU's context has ended, and the driver may wait for a peer that is gone: what is left
+    // goes with the process.
+    for (Peer& peer : peers_) new std::shared_ptr<PeerShare>(std::move(peer.share));
+    new std::shared_ptr<PeerShare>(std::move(share_));
+    for (auto& captured : captured_) (void)captured.release();
+    return;
+  }
   int previous = 0;
   (void)cudaGetDevice(&previous);
   (void)cudaSetDevice(device_);
@@ -190,9 +238,7 @@ PeerGroup::~PeerGroup() {
     for (void* mapped : peer.mapped) {
       if (mapped != nullptr) (void)cudaIpcCloseMemHandle(mapped);
     }
-    for (const auto& events : {peer.ready, peer.consumed}) {
-      for (cudaEvent_t event : events) (void)cudaEventDestroy(event);
-    }
+    if (peer.flags != nullptr) (void)cudaIpcCloseMemHandle(peer.flags);
   }
   (void)cudaSetDevice(previous);
   // Other processes may have this rank's memory mapped and may not even be alive to say so: it
@@ -200,13 +246,22 @@ PeerGroup::~PeerGroup() {
   if (!one_process_ && share_ != nullptr) new std::shared_ptr<PeerShare>(share_);
 }
 
-void* PeerGroup::begin(std::int64_t bytes, cudaStream_t stream) {
-  last_stream_ = stream;
+bool PeerGroup::shares_addresses(cudaStream_t stream) const {
+  return one_process_ && !is_capturing(stream);
+}
+
+void* PeerGroup::begin(std::int64_t bytes, const Step& step, cudaStream_t stream) {
+  capturing_ = is_capturing(stream);
+  if (capturing_) return begin_captured(bytes, step, stream);
   const auto slot = static_cast<int>(exchange_ % kPeerSlots);
   if (exchange_ >= kPeerSlots) {
+    if (!one_process_) {
+      share_->signals->wait(PeerSignal::kConsumed, PeerSignal::kReady, kPeerSlots - 1, step,
+                            stream);
+    }
     // Recorded by every peer before it came to the last exchange, so these waits bind to it.
     const auto ring = static_cast<std::size_t>((exchange_ - kPeerSlots) % kPeerRing);
-    for (int r = 0; r < size(); ++r) {
+    for (int r = 0; r < size() && one_process_; ++r) {
       if (r == rank()) continue;
       check(cudaStreamWaitEvent(stream, peers_[static_cast<std::size_t>(r)].consumed[ring], 0),
             "cudaStreamWaitEvent");
@@ -215,7 +270,26 @@ void* PeerGroup::begin(std::int64_t bytes, cudaStream_t stream) {
   return share_->reserve(slot, bytes);
 }
 
+void* PeerGroup::begin_captured(std::int64_t bytes, const Step& step, cudaStream_t stream) {
+  if (!one_process_) {
+    throw DeviceError(
+        "a CUDA graph over several ranks needs them to be threads of one process; rank " +
+        std::to_string(rank()) +
+        " has peers in other processes (capture attention at one rank, or " +
+        "leave it out of the graph)");
+  }
+  const cuda::RelaxedCapture relaxed;
+  captured_.push_back(std::make_unique<CapturedExchange>(device_, rank(), size(), bytes));
+  CapturedExchange& exchange = *captured_.back();
+  // Peers have read what the last launch of the graph put here.
+  exchange.signals->wait(PeerSignal::kConsumed, PeerSignal::kReady, 0, step, stream);
+  return exchange.memory;
+}
+
 void PeerGroup::packed(cudaStream_t stream) {
+  // In a graph peers are told in publish, which learns where their flags are.
+  if (capturing_) return;
+  if (!one_process_) return share_->signals->send(PeerSignal::kReady, stream);
   const auto ring = static_cast<std::size_t>(exchange_ % kPeerRing);
   check(cudaEventRecord(share_->ready[ring], stream), "cudaEventRecord");
 }
@@ -228,6 +302,12 @@ std::vector<std::int64_t> PeerGroup::publish(const std::vector<std::int64_t>& va
   header.exchange = exchange_;
   header.address = reinterpret_cast<std::uintptr_t>(share_->slots[slot]);
   header.capacity = share_->capacity[slot];
+  CapturedExchange* const captured = capturing_ ? captured_.back().get() : nullptr;
+  if (captured != nullptr) {
+    header.captured = static_cast<std::int64_t>(captured_.size());
+    header.address = reinterpret_cast<std::uintptr_t>(captured->memory);
+    header.flags = reinterpret_cast<std::uintptr_t>(captured->flags);
+  }
   if (!one_process_ && share_->slots[slot] != nullptr) {
     check(cudaIpcGetMemHandle(&header.handle, share_->slots[slot]), "cudaIpcGetMemHandle");
   }
@@ -260,15 +340,34 @@ std::vector<std::int64_t> PeerGroup::publish(const std::vector<std::int64_t>& va
                                std::to_string(r) + " at exchange " +
                                std::to_string(other.exchange));
     }
+    if (other.captured != header.captured) {
+      throw CommunicationError("rank " + std::to_string(rank()) +
+                               (header.captured != 0 ? " captures" : " does not capture") +
+                               " a CUDA graph in " + step_text(step) + " and rank " +
+                               std::to_string(r) + (other.captured != 0 ? " does" : " does not") +
+                               "; all ranks capture the same calls, from the first one on");
+    }
     if (r == rank()) continue;
     Peer& peer = peers_[at];
+    if (captured != nullptr) {
+      captured->peers[at] = reinterpret_cast<void*>(other.address);
+      captured->signals->connect(r, reinterpret_cast<void*>(other.flags));
+      continue;
+    }
     if (peer.same_process) {
       peer.mapped[slot] = reinterpret_cast<void*>(other.address);
     } else if (other.address != 0) {
       map_slot(peer, static_cast<int>(slot), other.handle, other.capacity);
     }
-    check(cudaStreamWaitEvent(stream, peer.ready[ring], 0), "cudaStreamWaitEvent");
+    if (one_process_) {
+      check(cudaStreamWaitEvent(stream, peer.ready[ring], 0), "cudaStreamWaitEvent");
+    }
   }
+  PeerSignals* const signals = captured != nullptr ? captured->signals.get()
+                               : one_process_      ? nullptr
+                                                   : share_->signals.get();
+  if (captured != nullptr) signals->send(PeerSignal::kReady, stream);
+  if (signals != nullptr) signals->wait(PeerSignal::kReady, PeerSignal::kReady, 0, step, stream);
   return result;
 }
 
@@ -278,7 +377,10 @@ void PeerGroup::map_slot(Peer& peer, int slot, const cudaIpcMemHandle_t& handle,
   if (peer.mapped[at] != nullptr && peer.mapped_capacity[at] == capacity) return;
   if (peer.mapped[at] != nullptr) {
     // Rare: the peer's rows outgrew the slot. This rank's reads of the old one must have ended.
-    check(cudaStreamSynchronize(last_stream_), "cudaStreamSynchronize");
+    if (exchange_ > 0) {
+      const auto ring = static_cast<std::size_t>((exchange_ - 1) % kPeerRing);
+      check(cudaEventSynchronize(share_->consumed[ring]), "cudaEventSynchronize");
+    }
     check(cudaIpcCloseMemHandle(peer.mapped[at]), "cudaIpcCloseMemHandle");
     peer.mapped[at] = nullptr;
   }
@@ -288,12 +390,19 @@ void PeerGroup::map_slot(Peer& peer, int slot, const cudaIpcMemHandle_t& handle,
 }
 
 const void* PeerGroup::memory(int peer) const {
+  const auto at = static_cast<std::size_t>(peer);
+  if (capturing_) {
+    const CapturedExchange& captured = *captured_.back();
+    return peer == rank() ? captured.memory : captured.peers[at];
+  }
   const auto slot = static_cast<std::size_t>(exchange_ % kPeerSlots);
-  return peer == rank() ? share_->slots[slot] : peers_[static_cast<std::size_t>(peer)].mapped[slot];
+  return peer == rank() ? share_->slots[slot] : peers_[at].mapped[slot];
 }
 
 void PeerGroup::end(cudaStream_t stream) {
+  if (capturing_) return captured_.back()->signals->send(PeerSignal::kConsumed, stream);
   const auto ring = static_cast<std::size_t>(exchange_ % kPeerRing);
+  if (!one_process_) share_->signals->send(PeerSignal::kConsumed, stream);
   check(cudaEventRecord(share_->consumed[ring], stream), "cudaEventRecord");
   ++exchange_;
 }

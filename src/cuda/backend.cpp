@@ -9,6 +9,7 @@
 #include "cuda/check.h"
 #include "cuda/cudnn_engine.h"
 #include "cuda/device.h"
+#include "cuda/timeline.h"
 #include "zigzag/error.h"
 
 namespace zigzag::cuda {
@@ -72,6 +73,7 @@ class CudaBackend final : public Backend {
     if (CudnnEngine* engine = cudnn()) {
       if (cudnn_forward(*engine, args, stream_, why)) return;
     }
+    const auto scope = span(args, "forward, own kernels");
     fma_attend(args, stream_);
   }
 
@@ -92,10 +94,15 @@ class CudaBackend final : public Backend {
       backward = CudnnBackward::begin(*engine, args, false, stream_, why);
     }
     if (backward != nullptr && backward->finish(args, why)) return;
+    const auto scope = span(args, "backward, own kernels");
     fma_attend_backward(args, stream_);
   }
 
  private:
+  TimelineScope span(const AttendArgs& args, std::string_view name) const {
+    return {name, static_cast<int>(args.rank), device_.index(), Lane::kAttention, stream_};
+  }
+
   CudnnEngine* cudnn() {
     if (kernels_ == Kernels::kReference || !CudnnEngine::presence().available) return nullptr;
     if (engine_ == nullptr) engine_ = borrow_cudnn_engine(device_.index());

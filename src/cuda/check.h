@@ -8,10 +8,21 @@
 
 namespace zigzag::cuda {
 
+/// Tells why work on a GPU ended its context, when a kernel of ours did that; empty otherwise.
+inline std::string (*context_report)() = nullptr;
+
+/// Throws Timeout with that report when there is one.
+inline void throw_context_report() {
+  if (context_report == nullptr) return;
+  const std::string report = context_report();
+  if (!report.empty()) throw Timeout(report);
+}
+
 /// Throws DeviceError with the decoded code unless `status` is success; clears a sticky-free error.
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   (void)cudaGetLastError();
+  throw_context_report();
   throw DeviceError(std::string(what) + " failed: " + cudaGetErrorString(status) + " (" +
                     cudaGetErrorName(status) + ")");
 }
@@ -36,6 +47,19 @@ class DeviceGuard {
  private:
   int previous_ = 0;
   bool changed_ = false;
+};
+
+/// Calls that a capture of another thread or library forbids, but that have nothing to do with the
+/// captured stream, are allowed while this lives.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
 inline cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }

@@ -24,9 +24,9 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-/// kCount neighbouring elements, moved in one access when they are aligned to their size.
+/// kCount neighbouring elements, moved in accesses of 16 bytes, or in one when they are fewer.
 template <typename T, int kCount>
-struct alignas(sizeof(T) * kCount) Pack {
+struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
   T values[kCount];
 };
 

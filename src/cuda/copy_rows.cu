@@ -70,16 +70,17 @@ __device__ std::int64_t find_entry_by_warp(const CopyEntry* table, std::int64_t 
   return low;
 }
 
-/// Each block moves kCopyChunk vectors of the rows taken end to end. A row that is one run needs no
-/// second division (kOneRun); vectors are loaded before the first is stored.
-template <int kWidth, bool kOneRun, typename Params>
+/// Each block moves kCopyThreads x kUnroll vectors of the rows taken end to end. A row that is one
+/// run needs no second division (kOneRun); vectors are loaded before the first is stored.
+template <int kWidth, int kUnroll, bool kOneRun, typename Params>
 __global__ void __launch_bounds__(kCopyThreads)
     copy_rows_kernel(const __grid_constant__ Params params) {
   using Vec = typename Vector<kWidth>::Type;
+  constexpr std::int64_t kChunk = std::int64_t{kCopyThreads} * kUnroll;
   const CopyEntry* table = params.table != nullptr ? params.table : params.inline_table;
   const std::int64_t total = params.rows * params.row_vectors;
-  const std::int64_t chunk_begin = static_cast<std::int64_t>(blockIdx.x) * kCopyChunk;
-  const std::int64_t chunk_end = min(chunk_begin + kCopyChunk, total);
+  const std::int64_t chunk_begin = static_cast<std::int64_t>(blockIdx.x) * kChunk;
+  const std::int64_t chunk_end = min(chunk_begin + kChunk, total);
   // Rows are counted from the chunk's first one, so that divisions have 32 bits.
   const std::int64_t first_row = chunk_begin / params.row_vectors;
   const auto skip = static_cast<std::uint32_t>(chunk_begin - first_row * params.row_vectors);
@@ -90,10 +91,10 @@ __global__ void __launch_bounds__(kCopyThreads)
     last_entry = first_entry +
                  find_entry_by_warp(table + first_entry, params.entries - first_entry, last_row);
   }
-  Vec values[kCopyUnroll];
-  char* targets[kCopyUnroll];
+  Vec values[kUnroll];
+  char* targets[kUnroll];
 #pragma unroll
-  for (int i = 0; i < kCopyUnroll; ++i) {
+  for (int i = 0; i < kUnroll; ++i) {
     const std::uint32_t offset = static_cast<std::uint32_t>(i * kCopyThreads) + threadIdx.x;
     targets[i] = nullptr;
     if (chunk_begin + offset < chunk_end) {
@@ -106,8 +107,9 @@ __global__ void __launch_bounds__(kCopyThreads)
       const CopyEntry entry = table[index];
       const CopySide& source = params.sources[entry.source];
       const std::int64_t in_entry = row - entry.begin;
-      const char* from = source.data + (entry.source_row + in_entry) * source.row_stride;
-      char* to = params.destination.data +
+      const char* from = source.data + blockIdx.y * source.twin +
+                         (entry.source_row + in_entry) * source.row_stride;
+      char* to = params.destination.data + blockIdx.y * params.destination.twin +
                  (entry.destination_row + in_entry) * params.destination.row_stride;
       if constexpr (!kOneRun) {
         const std::uint32_t run = column / params.run_vectors;
@@ -121,7 +123,7 @@ __global__ void __launch_bounds__(kCopyThreads)
     }
   }
 #pragma unroll
-  for (int i = 0; i < kCopyUnroll; ++i) {
+  for (int i = 0; i < kUnroll; ++i) {
     if (targets[i] != nullptr) __stcs(reinterpret_cast<Vec*>(targets[i]), values[i]);
   }
 }
@@ -172,7 +174,7 @@ Runs find_runs(std::span<const TensorView* const> views) {
 CopySide side_of(const TensorView& view, const Runs& runs) {
   const std::int64_t size = item_size(view.dtype);
   return {static_cast<char*>(view.data), view.strides[0] * size,
-          runs.run_dim < 0 ? 0 : view.strides[static_cast<std::size_t>(runs.run_dim)] * size};
+          runs.run_dim < 0 ? 0 : view.strides[static_cast<std::size_t>(runs.run_dim)] * size, 0};
 }
 
 /// The widest access that every address of the launch is a multiple of.
@@ -182,25 +184,46 @@ int common_width(const CopyParams& params, int sources, std::int64_t run_bytes) 
     bits |= reinterpret_cast<std::uintptr_t>(side.data);
     bits |= static_cast<std::uint64_t>(side.row_stride);
     bits |= static_cast<std::uint64_t>(side.run_stride);
+    bits |= static_cast<std::uint64_t>(side.twin);
   };
   add(params.destination);
   for (int i = 0; i < sources; ++i) add(params.sources[i]);
   return static_cast<int>(bits & (~bits + 1));
 }
 
-template <int kWidth, typename Params>
-void launch_kernel(const Params& params, bool one_run, unsigned blocks, cudaStream_t stream) {
+template <int kWidth, int kUnroll, typename Params>
+void launch_kernel(const Params& params, bool one_run, std::int64_t blocks, unsigned twins,
+                   cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(blocks), twins);
   if (one_run) {
-    copy_rows_kernel<kWidth, true><<<dim3(blocks), kCopyThreads, 0, stream>>>(params);
+    copy_rows_kernel<kWidth, kUnroll, true><<<grid, kCopyThreads, 0, stream>>>(params);
   } else {
-    copy_rows_kernel<kWidth, false><<<dim3(blocks), kCopyThreads, 0, stream>>>(params);
+    copy_rows_kernel<kWidth, kUnroll, false><<<grid, kCopyThreads, 0, stream>>>(params);
   }
   check_launch("copy_rows_kernel");
 }
 
+template <int kWidth, typename Params>
+void launch_unrolled(const Params& params, bool one_run, unsigned twins, cudaStream_t stream) {
+  const std::int64_t vectors = params.rows * params.row_vectors;
+  const auto blocks = [&](int unroll) {
+    const std::int64_t chunk = std::int64_t{kCopyThreads} * unroll;
+    return (vectors + chunk - 1) / chunk;
+  };
+  if (blocks(kCopyUnroll) > 0x7fffffff) {
+    throw DeviceError("the copy has too many rows for one launch");
+  }
+  if (blocks(kCopyUnroll) * twins < kCopyShortBlocks) {
+    launch_kernel<kWidth, kCopyShortUnroll>(params, one_run, blocks(kCopyShortUnroll), twins,
+                                            stream);
+  } else {
+    launch_kernel<kWidth, kCopyUnroll>(params, one_run, blocks(kCopyUnroll), twins, stream);
+  }
+}
+
 template <int kWidth>
 void launch_width(CopyParams& params, int sources, std::int64_t run_bytes, std::int64_t runs,
-                  cudaStream_t stream) {
+                  unsigned twins, cudaStream_t stream) {
   const std::int64_t row_vectors = run_bytes / kWidth * runs;
   if (row_vectors > (std::int64_t{1} << 31)) {
     throw DeviceError("a row of " + std::to_string(run_bytes * runs) +
@@ -208,9 +231,6 @@ void launch_width(CopyParams& params, int sources, std::int64_t run_bytes, std::
   }
   params.run_vectors = static_cast<std::uint32_t>(run_bytes / kWidth);
   params.row_vectors = static_cast<std::uint32_t>(row_vectors);
-  const std::int64_t blocks = (params.rows * row_vectors + kCopyChunk - 1) / kCopyChunk;
-  if (blocks > 0x7fffffff) throw DeviceError("the copy has too many rows for one launch");
-  const auto grid = static_cast<unsigned>(blocks);
   if (sources <= kFewSources && (params.table != nullptr || params.entries <= kFewEntries)) {
     FewCopyParams few{};
     static_cast<CopyShape&>(few) = params;
@@ -218,24 +238,25 @@ void launch_width(CopyParams& params, int sources, std::int64_t run_bytes, std::
     if (params.table == nullptr) {
       std::copy_n(params.inline_table, params.entries, few.inline_table);
     }
-    launch_kernel<kWidth>(few, runs == 1, grid, stream);
+    launch_unrolled<kWidth>(few, runs == 1, twins, stream);
   } else {
-    launch_kernel<kWidth>(params, runs == 1, grid, stream);
+    launch_unrolled<kWidth>(params, runs == 1, twins, stream);
   }
 }
 
-void launch(CopyParams& params, int sources, const Runs& runs, cudaStream_t stream) {
+void launch(CopyParams& params, int sources, const Runs& runs, unsigned twins,
+            cudaStream_t stream) {
   switch (common_width(params, sources, runs.run_bytes)) {
     case 16:
-      return launch_width<16>(params, sources, runs.run_bytes, runs.runs, stream);
+      return launch_width<16>(params, sources, runs.run_bytes, runs.runs, twins, stream);
     case 8:
-      return launch_width<8>(params, sources, runs.run_bytes, runs.runs, stream);
+      return launch_width<8>(params, sources, runs.run_bytes, runs.runs, twins, stream);
     case 4:
-      return launch_width<4>(params, sources, runs.run_bytes, runs.runs, stream);
+      return launch_width<4>(params, sources, runs.run_bytes, runs.runs, twins, stream);
     case 2:
-      return launch_width<2>(params, sources, runs.run_bytes, runs.runs, stream);
+      return launch_width<2>(params, sources, runs.run_bytes, runs.runs, twins, stream);
     default:
-      return launch_width<1>(params, sources, runs.run_bytes, runs.runs, stream);
+      return launch_width<1>(params, sources, runs.run_bytes, runs.runs, twins, stream);
   }
 }
 
@@ -282,10 +303,16 @@ void for_each_outer(const Runs& runs, std::vector<TensorView>& views, std::size_
   for (std::size_t v = 0; v < views.size(); ++v) views[v].data = starts[v];
 }
 
-}  // namespace
+std::int64_t bytes_between(const TensorView& from, const TensorView& to) {
+  return static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(to.data) -
+                                   reinterpret_cast<std::uintptr_t>(from.data));
+}
 
-void copy_rows(std::span<const TensorView> sources, const TensorView& destination,
-               std::span<const Segment> segments, std::uint64_t key, void* stream_pointer) {
+/// `source_twins`, `destination_twin`: laid out as sources and destination; empty and null when
+/// there are none.
+void copy(std::span<const TensorView> sources, const TensorView& destination,
+          std::span<const TensorView> source_twins, const TensorView* destination_twin,
+          std::span<const Segment> segments, std::uint64_t key, void* stream_pointer) {
   if (segments.empty() || destination.row_elements() == 0) return;
   const cudaStream_t stream = as_stream(stream_pointer);
   DeviceState& device = DeviceState::get(destination.device.index);
@@ -333,8 +360,40 @@ void copy_rows(std::span<const TensorView> sources, const TensorView& destinatio
     for_each_outer(runs, views, 0, [&] {
       params.destination = side_of(views[0], runs);
       for (std::size_t i = 0; i < count; ++i) params.sources[i] = side_of(views[i + 1], runs);
-      launch(params, static_cast<int>(count), runs, stream);
+      if (destination_twin != nullptr) {
+        params.destination.twin = bytes_between(destination, *destination_twin);
+        for (std::size_t i = 0; i < count; ++i) {
+          params.sources[i].twin = bytes_between(sources[first + i], source_twins[first + i]);
+        }
+      }
+      launch(params, static_cast<int>(count), runs, destination_twin != nullptr ? 2 : 1, stream);
     });
+  }
+}
+
+bool laid_out_alike(const TensorView& a, const TensorView& b) {
+  return a.dtype == b.dtype && a.shape == b.shape && a.strides == b.strides;
+}
+
+}  // namespace
+
+void copy_rows(std::span<const TensorView> sources, const TensorView& destination,
+               std::span<const Segment> segments, std::uint64_t key, void* stream) {
+  copy(sources, destination, {}, nullptr, segments, key, stream);
+}
+
+void copy_rows_twice(std::span<const TensorView> sources, const TensorView& destination,
+                     std::span<const TensorView> source_twins, const TensorView& destination_twin,
+                     std::span<const Segment> segments, std::uint64_t key, void* stream) {
+  bool alike = laid_out_alike(destination, destination_twin);
+  for (std::size_t i = 0; i < sources.size(); ++i) {
+    alike = alike && laid_out_alike(sources[i], source_twins[i]);
+  }
+  if (alike) {
+    copy(sources, destination, source_twins, &destination_twin, segments, key, stream);
+  } else {
+    copy(sources, destination, {}, nullptr, segments, key, stream);
+    copy(source_twins, destination_twin, {}, nullptr, segments, key, stream);
   }
 }
 

@@ -5,9 +5,11 @@
 namespace zigzag::cuda {
 
 constexpr int kCopyThreads = 256;
+/// Vectors that a thread moves: many for long copies, fewer where blocks would be few and the last
+/// of them leave the GPU half empty.
 constexpr int kCopyUnroll = 8;
-/// Vectors that one block moves.
-constexpr int kCopyChunk = kCopyThreads * kCopyUnroll;
+constexpr int kCopyShortUnroll = 4;
+constexpr std::int64_t kCopyShortBlocks = 4096;
 /// Sources of one launch, and entries of a table that travels with the launch itself; few of both
 /// make the launch shorter.
 constexpr int kMaxSources = 64;
@@ -28,6 +30,7 @@ struct CopySide {
   char* data;
   std::int64_t row_stride;  // bytes
   std::int64_t run_stride;  // bytes
+  std::int64_t twin;        // bytes from here to the tensor's twin, which the same launch copies
 };
 
 /// One launch. Sizes of a row count vectors of the launch's width.

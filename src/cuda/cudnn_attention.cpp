@@ -8,6 +8,7 @@
 #include "cuda/launch_lists.h"
 #include "cuda/layout.h"
 #include "cuda/sum_rows.h"
+#include "cuda/timeline.h"
 
 namespace zigzag::cuda {
 namespace {
@@ -213,6 +214,16 @@ bool prepare_all(CudnnEngine& engine, const std::vector<Prepared>& launches, int
   return true;
 }
 
+TimelineScope span(const AttendArgs& args, std::string_view name, void* stream) {
+  return {name, static_cast<int>(args.rank), args.q.device.index, Lane::kAttention, stream};
+}
+
+std::string_view launch_name(const Launch& launch) {
+  return launch.mask == CudnnMask::kTopLeft       ? "backward, diagonal blocks"
+         : launch.mask == CudnnMask::kBottomRight ? "backward, whole items"
+                                                  : "backward, rectangles";
+}
+
 void set_pointers(CudnnArrays& arrays, const AttendArgs& args) {
   arrays.q = args.q.data;
   arrays.k = args.k.data;
@@ -247,6 +258,7 @@ bool cudnn_forward(CudnnEngine& engine, const AttendArgs& args, void* stream_poi
     CudnnArrays arrays;
     tables.fill(arrays);
     set_pointers(arrays, args);
+    const auto scope = span(args, "forward", stream);
     engine.run(prepared.shape, arrays, workspace.data(), stream);
   }
   return true;
@@ -285,7 +297,7 @@ struct CudnnBackward::State {
     return direct_q ? args.dq.data : dq_layers->as<char>() + index * q_bytes;
   }
 
-  bool prepare(bool diagonals, std::vector<Prepared>& launches, int64_t& workspace,
+  bool prepare(bool early, std::vector<Prepared>& launches, int64_t& workspace,
                std::string& why) const;
   void run(const std::vector<Prepared>& launches, int64_t workspace) const;
 
@@ -301,14 +313,14 @@ struct CudnnBackward::State {
   int64_t group = 1;
   int64_t parts = 1;
   std::unique_ptr<Scratch> packed_q, dq_layers;
-  std::unique_ptr<Scratch> dk_diagonal, dv_diagonal, dk_rectangle, dv_rectangle;
+  std::unique_ptr<Scratch> dk_early, dv_early, dk_late, dv_late;
 };
 
-/// Plans for the diagonal blocks or for the rectangles.
-bool CudnnBackward::State::prepare(bool diagonals, std::vector<Prepared>& launches,
-                                   int64_t& workspace, std::string& why) const {
+/// Plans for the early launches or for the others.
+bool CudnnBackward::State::prepare(bool early, std::vector<Prepared>& launches, int64_t& workspace,
+                                   std::string& why) const {
   for (const Launch& launch : lists->launches) {
-    if ((launch.layer == 0) != diagonals) continue;
+    if (launch.early != early) continue;
     CudnnShape shape = base_shape(args);
     set_launch(shape, launch, parts, direct_q && direct_k && dense_length(lists->equal_length));
     shape.backward = true;
@@ -325,9 +337,7 @@ bool CudnnBackward::State::prepare(bool diagonals, std::vector<Prepared>& launch
     // cuDNN addresses its scratch by the offsets of lse, dq, dk and dv.
     if (!shape.dense) {
       shape.total_q = bucket(args.q.shape[0]);
-      shape.total_k = bucket(direct_k    ? args.k.shape[0]
-                             : diagonals ? lists->diagonal_k
-                                         : lists->rectangle_k);
+      shape.total_k = bucket(direct_k ? args.k.shape[0] : early ? lists->early_k : lists->late_k);
     }
     launches.push_back({&launch, shape});
   }
@@ -350,10 +360,10 @@ void CudnnBackward::State::run(const std::vector<Prepared>& launches, int64_t by
   const Scratch workspace(device, bytes, stream);
   for (std::size_t i = 0; i < launches.size(); ++i) {
     const Prepared& prepared = launches[i];
-    const bool diagonal = prepared.launch->layer == 0;
-    const bool own = own_rows && diagonal;
+    const bool early = prepared.launch->early;
+    const bool own = own_rows && early;
     const int64_t variant =
-        (direct_k ? 1 : 0) + (args.deterministic ? 2 : 0) + (own ? 4 : 0) + (diagonal ? 8 : 0);
+        (direct_k ? 1 : 0) + (args.deterministic ? 2 : 0) + (own ? 4 : 0) + (early ? 8 : 0);
     const TableKey key =
         arrays_key(pack_key(args), kBackwardArrays, i, prepared.shape, parts, variant);
     const LaunchArrays tables(device, key, *prepared.launch, prepared.shape, steps, direct_k, own,
@@ -363,8 +373,9 @@ void CudnnBackward::State::run(const std::vector<Prepared>& launches, int64_t by
     set_pointers(arrays, args);
     arrays.dout = args.dout.data;
     arrays.dq = layer(prepared.launch->layer);
-    arrays.dk = direct_k ? args.dk.data : (diagonal ? dk_diagonal : dk_rectangle)->data();
-    arrays.dv = direct_k ? args.dv.data : (diagonal ? dv_diagonal : dv_rectangle)->data();
+    arrays.dk = direct_k ? args.dk.data : (early ? dk_early : dk_late)->data();
+    arrays.dv = direct_k ? args.dv.data : (early ? dv_early : dv_late)->data();
+    const auto scope = span(args, launch_name(*prepared.launch), stream);
     engine.run(prepared.shape, arrays, workspace.data(), stream);
   }
 }
@@ -390,6 +401,7 @@ std::unique_ptr<CudnnBackward> CudnnBackward::begin(CudnnEngine& engine,
     const TensorView copy =
         TensorView::contiguous(state->packed_q->data(), args.q.dtype, args.q.shape, args.q.device);
     const Segment whole[] = {{0, 0, 0, args.q.shape[0]}};
+    const auto scope = span(args, "pack q", stream);
     copy_rows(args.q, copy, whole, 0, stream);
     state->args.q = copy;
   }
@@ -397,9 +409,9 @@ std::unique_ptr<CudnnBackward> CudnnBackward::begin(CudnnEngine& engine,
     state->dq_layers = state->scratch(state->lists->layers * state->q_bytes);
   }
   const int64_t bytes =
-      state->direct_k ? 0 : state->lists->diagonal_k * state->dk_row() * item_size(args.q.dtype);
-  state->dk_diagonal = state->scratch(bytes);
-  state->dv_diagonal = state->scratch(bytes);
+      state->direct_k ? 0 : state->lists->early_k * state->dk_row() * item_size(args.q.dtype);
+  state->dk_early = state->scratch(bytes);
+  state->dv_early = state->scratch(bytes);
   state->run(launches, workspace);
   return std::unique_ptr<CudnnBackward>(new CudnnBackward(std::move(state)));
 }
@@ -416,9 +428,9 @@ bool CudnnBackward::finish(const AttendBackwardArgs& given, std::string& why) {
   int64_t workspace = 0;
   if (!state.prepare(false, launches, workspace, why)) return false;
   const int64_t bytes =
-      state.direct_k ? 0 : state.lists->rectangle_k * state.dk_row() * item_size(args.q.dtype);
-  state.dk_rectangle = state.scratch(bytes);
-  state.dv_rectangle = state.scratch(bytes);
+      state.direct_k ? 0 : state.lists->late_k * state.dk_row() * item_size(args.q.dtype);
+  state.dk_late = state.scratch(bytes);
+  state.dv_late = state.scratch(bytes);
   state.run(launches, workspace);
 
   TableKey key = pack_key(args);
@@ -427,20 +439,23 @@ bool CudnnBackward::finish(const AttendBackwardArgs& given, std::string& why) {
     std::vector<const void*> sources;
     for (int i = 0; i < state.lists->layers; ++i) sources.push_back(state.layer(i));
     key.kind = kDqSums;
+    const auto scope = span(args, "sum of dq", state.stream);
     sum_rows(
         sources, args.q.dtype, 1, args.dq, key, [&] { return state.lists->dq; }, state.stream);
   }
   if (!state.direct_k) {
     key.kind = kDkvSums;
-    const auto sum = [&](const TensorView& destination, const Scratch& diagonal,
-                         const Scratch& rectangle) {
-      const void* const sources[] = {diagonal.data(), rectangle.data()};
+    const auto scope = span(args, "sums of dk and dv", state.stream);
+    const auto sum = [&](const TensorView& destination, const Scratch& early, const Scratch& late) {
+      std::vector<const void*> sources(static_cast<std::size_t>(state.lists->dkv.sources),
+                                       late.data());
+      sources[0] = early.data();
       sum_rows(
           sources, args.q.dtype, state.group, destination, key, [&] { return state.lists->dkv; },
           state.stream);
     };
-    sum(args.dk, *state.dk_diagonal, *state.dk_rectangle);
-    sum(args.dv, *state.dv_diagonal, *state.dv_rectangle);
+    sum(args.dk, *state.dk_early, *state.dk_late);
+    sum(args.dv, *state.dv_early, *state.dv_late);
   }
   return true;
 }

@@ -319,7 +319,9 @@ void CudnnEngine::run(const CudnnShape& shape, const CudnnArrays& arrays, void* 
     pack[kDv] = arrays.dv;
   }
   fe::error_t error = plan.graph->execute(state_->handle, pack, workspace);
-  if (error.is_bad()) throw DeviceError("cuDNN's attention failed: " + error.get_message());
+  if (error.is_good()) return;
+  throw_context_report();
+  throw DeviceError("cuDNN's attention failed: " + error.get_message());
 }
 
 std::shared_ptr<CudnnEngine> borrow_cudnn_engine(int device) {

@@ -14,6 +14,7 @@ constexpr std::size_t kKeptPacks = 256;
 
 struct Rectangle {
   int64_t q_begin, q_count, k_begin, k_count;
+  int dk_source = 0;
 };
 
 int64_t length(const Rectangle& item) { return std::max(item.q_count, item.k_count); }
@@ -42,20 +43,23 @@ std::vector<std::vector<Rectangle>> split_by_length(std::vector<Rectangle> items
   return {{items.begin(), middle}, {middle, items.end()}};
 }
 
-void add_launches(std::vector<Launch>& launches, const std::vector<Rectangle>& items,
-                  CudnnMask mask, int layer, int64_t& dk_rows) {
-  for (const std::vector<Rectangle>& part : split_by_length(items)) {
-    Launch launch;
-    launch.mask = mask;
-    launch.layer = layer;
-    for (const Rectangle& item : part) {
-      launch.items.push_back({item.q_begin, item.q_count, item.k_begin, item.k_count, dk_rows});
-      launch.max_q = std::max(launch.max_q, item.q_count);
-      launch.max_k = std::max(launch.max_k, item.k_count);
-      dk_rows += item.k_count;
-    }
-    launches.push_back(std::move(launch));
+void add_launch(std::vector<Launch>& launches, std::vector<Rectangle> items, CudnnMask mask,
+                int layer, int64_t& dk_rows, bool early = false) {
+  if (items.empty()) return;
+  std::stable_sort(items.begin(), items.end(),
+                   [](const Rectangle& a, const Rectangle& b) { return length(a) > length(b); });
+  Launch launch;
+  launch.mask = mask;
+  launch.layer = layer;
+  launch.early = early;
+  for (const Rectangle& item : items) {
+    launch.items.push_back(
+        {item.q_begin, item.q_count, item.k_begin, item.k_count, dk_rows, item.dk_source});
+    launch.max_q = std::max(launch.max_q, item.q_count);
+    launch.max_k = std::max(launch.max_k, item.k_count);
+    dk_rows += item.k_count;
   }
+  launches.push_back(std::move(launch));
 }
 
 /// The one length of all items when they are squares side by side that fill q and k; else 0.
@@ -111,31 +115,129 @@ ForwardLaunches make_forward(const AttendArgs& args) {
   if (args.mask.causal) mask = square ? CudnnMask::kTopLeft : CudnnMask::kBottomRight;
   ForwardLaunches result;
   int64_t unused = 0;
-  add_launches(result.launches, items, mask, 0, unused);
+  for (const std::vector<Rectangle>& part : split_by_length(items)) {
+    add_launch(result.launches, part, mask, 0, unused);
+  }
   result.equal_length = equal_length_of(items);
   return result;
 }
 
+/// A backward's work by kind. Whole items are cut, if at all, into blocks of queries that keep all
+/// of their keys, so that every row of dq is made in one place and rounded once.
+struct BackwardWork {
+  std::vector<Rectangle> rectangles;
+  std::vector<Rectangle> diagonals;  // square, top-left causal
+  std::vector<Rectangle> items;      // bottom-right causal
+
+  void append(const BackwardWork& other) {
+    rectangles.insert(rectangles.end(), other.rectangles.begin(), other.rectangles.end());
+    diagonals.insert(diagonals.end(), other.diagonals.begin(), other.diagonals.end());
+    items.insert(items.end(), other.items.begin(), other.items.end());
+  }
+};
+
+/// What a launch costs, in tiles of 128 x 128 that cuDNN computes for one query head (measured on
+/// an H200): also making and adding up the partial dk and dv of 128 keys, and passing 128 queries
+/// through a second launch.
+constexpr int64_t kTile = 128;
+constexpr double kKeysCost = 0.8;
+constexpr double kSecondLaunchCost = 2.1;
+/// Whole items, which are more exact, are taken where they cost up to this much more.
+constexpr double kExactness = 1.04;
+constexpr int64_t kMostBlocks = 3;
+
+double tiles(int64_t rows) { return static_cast<double>((rows + kTile - 1) / kTile); }
+
+double cost_of(const BackwardWork& work) {
+  double cost = 0;
+  for (const Rectangle& x : work.rectangles) {
+    cost +=
+        tiles(x.q_count) * (tiles(x.k_count) + kSecondLaunchCost) + kKeysCost * tiles(x.k_count);
+  }
+  for (const Rectangle& x : work.diagonals) {
+    cost += tiles(x.q_count) * (tiles(x.q_count) + 1) / 2 + kKeysCost * tiles(x.k_count);
+  }
+  for (const Rectangle& x : work.items) {
+    cost += (tiles(x.q_count) + kKeysCost) * tiles(x.k_count);
+  }
+  return cost;
+}
+
 /// One document's pieces. Where the rank's two chunks are neighbours, their diagonal blocks and the
 /// rectangle between them are one larger diagonal block.
-void add_document(std::vector<Rectangle> rectangles, std::vector<Rectangle> diagonals,
-                  std::vector<Rectangle>& all_rectangles, std::vector<Rectangle>& all_diagonals) {
-  if (diagonals.size() == 2) {
-    Rectangle& first = diagonals[0];
-    const Rectangle second = diagonals[1];
+BackwardWork pieces_of(std::span<const Piece> pieces) {
+  BackwardWork work;
+  for (const Piece& piece : pieces) {
+    if (piece.q_count == 0 || piece.k_count == 0) continue;
+    (piece.causal ? work.diagonals : work.rectangles)
+        .push_back(
+            {piece.q_begin, piece.q_count, piece.k_begin, piece.k_count, piece.causal ? 0 : 1});
+  }
+  if (work.diagonals.size() == 2) {
+    Rectangle& first = work.diagonals[0];
+    const Rectangle second = work.diagonals[1];
     if (first.q_begin + first.q_count == second.q_begin &&
         first.k_begin + first.k_count == second.k_begin) {
-      std::erase_if(rectangles, [&](const Rectangle& between) {
+      std::erase_if(work.rectangles, [&](const Rectangle& between) {
         return between.q_begin == second.q_begin && between.q_count == second.q_count &&
                between.k_begin == first.k_begin && between.k_count == first.k_count;
       });
       first.q_count += second.q_count;
       first.k_count += second.k_count;
-      diagonals.pop_back();
+      work.diagonals.pop_back();
     }
   }
-  all_rectangles.insert(all_rectangles.end(), rectangles.begin(), rectangles.end());
-  all_diagonals.insert(all_diagonals.end(), diagonals.begin(), diagonals.end());
+  return work;
+}
+
+/// One document's items, each cut into `blocks` blocks of queries. Keys that several blocks see get
+/// a partial gradient from each.
+BackwardWork whole_items(std::span<const WorkItem> items, int64_t blocks) {
+  BackwardWork work;
+  int source = 1;
+  for (const WorkItem& item : items) {
+    if (item.q_count == 0 || item.k_count == 0) continue;
+    const int64_t rows = (item.q_count + blocks - 1) / blocks;
+    // Blocks of whole tiles waste none.
+    const int64_t step = (rows + kTile - 1) / kTile * kTile;
+    for (int64_t q = 0; q < item.q_count; q += step) {
+      const int64_t count = std::min(step, item.q_count - q);
+      const int64_t keys = item.k_count - item.q_count + q + count;
+      work.items.push_back({item.q_begin + q, count, item.k_begin, keys, source++});
+    }
+  }
+  return work;
+}
+
+/// The causal backward of a rank, a document at a time in the form that costs least.
+BackwardWork causal_work(const AttendArgs& args) {
+  const std::vector<Piece> pieces = args.plan->pieces(args.rank);
+  std::map<int64_t, std::vector<WorkItem>> items;
+  for (const WorkItem& item : args.items) items[item.document].push_back(item);
+  // A rank alone sees whole documents: squares, of which cuDNN skips the masked half.
+  const bool squares = args.plan->world_size() == 1;
+  BackwardWork mixed;
+  BackwardWork whole;
+  for (std::size_t first = 0; first < pieces.size();) {
+    std::size_t end = first;
+    while (end < pieces.size() && pieces[end].document == pieces[first].document) ++end;
+    const BackwardWork cut = pieces_of(std::span(pieces).subspan(first, end - first));
+    if (squares) {
+      mixed.append(cut);
+    } else {
+      const std::vector<WorkItem>& own = items[pieces[first].document];
+      BackwardWork best = whole_items(own, 1);
+      for (int64_t blocks = 2; blocks <= kMostBlocks; ++blocks) {
+        BackwardWork other = whole_items(own, blocks);
+        if (cost_of(other) < cost_of(best)) best = std::move(other);
+      }
+      whole.append(best);
+      mixed.append(cost_of(best) <= kExactness * cost_of(cut) ? best : cut);
+    }
+    first = end;
+  }
+  if (squares) return mixed;
+  return cost_of(whole) <= kExactness * cost_of(mixed) ? whole : mixed;
 }
 
 /// Items in layers inside which no two share query rows.
@@ -163,60 +265,49 @@ std::vector<std::vector<Rectangle>> in_layers(const std::vector<Rectangle>& item
 }
 
 BackwardLaunches make_backward(const AttendArgs& args, bool separate) {
-  const int64_t gathered_rows = args.plan->gathered_tokens(args.rank, args.mask);
-  std::vector<Rectangle> rectangles;
-  std::vector<Rectangle> diagonals;
+  BackwardWork work;
   if (args.mask.causal) {
-    const std::vector<Piece> pieces = args.plan->pieces(args.rank);
-    for (std::size_t first = 0; first < pieces.size();) {
-      std::vector<Rectangle> own_rectangles;
-      std::vector<Rectangle> own_diagonals;
-      std::size_t i = first;
-      for (; i < pieces.size() && pieces[i].document == pieces[first].document; ++i) {
-        const Piece& piece = pieces[i];
-        if (piece.q_count == 0 || piece.k_count == 0) continue;
-        (piece.causal ? own_diagonals : own_rectangles)
-            .push_back({piece.q_begin, piece.q_count, piece.k_begin, piece.k_count});
-      }
-      add_document(std::move(own_rectangles), std::move(own_diagonals), rectangles, diagonals);
-      first = i;
-    }
+    work = causal_work(args);
   } else {
     for (const WorkItem& item : merged_items(args.items, args.mask)) {
       if (item.q_count == 0 || item.k_count == 0) continue;
-      rectangles.push_back({item.q_begin, item.q_count, item.k_begin, item.k_count});
+      work.rectangles.push_back({item.q_begin, item.q_count, item.k_begin, item.k_count, 1});
     }
   }
   BackwardLaunches result;
-  result.gathered_rows = gathered_rows;
-  add_launches(result.launches, diagonals, CudnnMask::kTopLeft, 0, result.diagonal_k);
+  result.gathered_rows = args.plan->gathered_tokens(args.rank, args.mask);
+  // One launch a kind: cuDNN's backward does not mind items of unlike length, but passes over all
+  // of its queries before and after. No two diagonal blocks or items share query rows.
+  add_launch(result.launches, work.diagonals, CudnnMask::kTopLeft, 0, result.early_k, true);
+  add_launch(result.launches, work.items, CudnnMask::kBottomRight, 0, result.late_k);
   if (separate) {
-    for (const std::vector<Rectangle>& layer : in_layers(rectangles)) {
-      add_launches(result.launches, layer, CudnnMask::kNone, result.layers++, result.rectangle_k);
+    for (const std::vector<Rectangle>& layer : in_layers(work.rectangles)) {
+      add_launch(result.launches, layer, CudnnMask::kNone, result.layers++, result.late_k);
     }
-  } else {
-    // A launch adds to a dq that it has cleared, so every launch has one of its own.
-    const std::size_t first = result.launches.size();
-    add_launches(result.launches, rectangles, CudnnMask::kNone, 0, result.rectangle_k);
-    for (std::size_t i = first; i < result.launches.size(); ++i) {
-      result.launches[i].layer = result.layers++;
-    }
+  } else if (!work.rectangles.empty()) {
+    add_launch(result.launches, work.rectangles, CudnnMask::kNone, result.layers++, result.late_k);
   }
 
   std::vector<SumPart> q_parts;
   std::vector<SumPart> k_parts;
+  int key_sources = 2;
   for (const Launch& launch : result.launches) {
     for (const LaunchItem& item : launch.items) {
       q_parts.push_back({launch.layer, item.q_begin, item.q_begin, item.q_count});
-      k_parts.push_back({launch.layer == 0 ? 0 : 1, item.k_begin, item.dk_begin, item.k_count});
+      k_parts.push_back({item.dk_source, item.k_begin, item.dk_begin, item.k_count});
+      key_sources = std::max(key_sources, item.dk_source + 1);
     }
   }
   result.dq = make_sum_table(q_parts, result.layers, args.q.shape[0]);
-  result.dkv = make_sum_table(k_parts, 2, gathered_rows);
-  result.one_layer = rectangles.empty() || (diagonals.empty() && result.layers == 2);
-  result.covers_keys = result.one_layer && result.diagonal_k + result.rectangle_k == gathered_rows;
-  result.equal_length = rectangles.empty() ? equal_length_of(diagonals)
-                                           : (diagonals.empty() ? equal_length_of(rectangles) : 0);
+  result.dkv = make_sum_table(k_parts, key_sources, result.gathered_rows);
+  result.one_layer = work.rectangles.empty() ||
+                     (work.diagonals.empty() && work.items.empty() && result.layers == 2);
+  result.covers_keys = result.one_layer && work.items.empty() &&
+                       result.early_k + result.late_k == result.gathered_rows;
+  if (work.items.empty() && (work.rectangles.empty() || work.diagonals.empty())) {
+    result.equal_length =
+        equal_length_of(work.rectangles.empty() ? work.diagonals : work.rectangles);
+  }
   return result;
 }
 

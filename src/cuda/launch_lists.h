@@ -19,6 +19,7 @@ TableKey pack_key(const AttendArgs& args);
 struct LaunchItem {
   std::int64_t q_begin, q_count, k_begin, k_count;
   std::int64_t dk_begin;
+  int dk_source = 0;  // backward: which source of BackwardLaunches::dkv these rows are
 };
 
 /// Items of one launch: like in mask and not too unlike in length. Launches of one layer share a
@@ -29,6 +30,7 @@ struct Launch {
   std::int64_t max_q = 0;
   std::int64_t max_k = 0;
   int layer = 0;
+  bool early = false;  // backward: needs no keys but the rank's own rows
 };
 
 /// A forward as launches of cuDNN: one, or two where a pack has a few long and many short items.
@@ -43,10 +45,10 @@ struct BackwardLaunches {
   std::vector<Launch> launches;
   int layers = 1;  // sources of dq: layer 0, then those of the rectangles
   std::int64_t gathered_rows = 0;
-  std::int64_t diagonal_k = 0;    // rows of dk and dv that the diagonal blocks write
-  std::int64_t rectangle_k = 0;   // likewise the rectangles
+  std::int64_t early_k = 0;       // rows of dk and dv that the early launches write
+  std::int64_t late_k = 0;        // likewise the others
   SumTable dq;                    // sources: the layers
-  SumTable dkv;                   // sources: diagonal blocks, rectangles
+  SumTable dkv;                   // sources: early launches, the others, the others once more
   bool one_layer = false;         // a single layer owns every query row
   bool covers_keys = false;       // and every gathered row has exactly one gradient
   std::int64_t equal_length = 0;  // as above

@@ -26,6 +26,11 @@ inline void copy_rows(const TensorView& source, const TensorView& destination,
   copy_rows(std::span<const TensorView>(&source, 1), destination, segments, key, stream);
 }
 
+/// The same rows of two tensors, K and V say, in one launch where both are laid out alike.
+void copy_rows_twice(std::span<const TensorView> sources, const TensorView& destination,
+                     std::span<const TensorView> source_twins, const TensorView& destination_twin,
+                     std::span<const Segment> segments, std::uint64_t key, void* stream);
+
 /// Its plain twin: a thread a row, element after element. Rows of up to 8 dimensions.
 void copy_rows_plain(std::span<const TensorView> sources, const TensorView& destination,
                      std::span<const Segment> segments, void* stream);

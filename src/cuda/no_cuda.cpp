@@ -6,6 +6,7 @@
 #include "backend.h"
 #include "cuda/layout.h"
 #include "cuda/runtime.h"
+#include "cuda/timeline.h"
 #include "zigzag/communicator.h"
 #include "zigzag/error.h"
 
@@ -58,6 +59,10 @@ std::shared_ptr<void> make_stream(Device) { refuse(); }
 void synchronize(Device, void*) { refuse(); }
 
 void use_device(Device) { refuse(); }
+
+void start_timeline() { refuse(); }
+
+std::vector<TimelineSpan> stop_timeline() { refuse(); }
 
 }  // namespace cuda
 }  // namespace zigzag

@@ -11,7 +11,10 @@ namespace zigzag::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;
+constexpr int kUnroll = 2;
+constexpr int kAhead = 2;
+/// Loads in flight need many threads more than each needs many registers.
+constexpr int kBlocksPerSm = 3;
 constexpr int kMaxSumSources = 128;
 
 struct SumParams {
@@ -28,22 +31,49 @@ struct SumParams {
   std::uint32_t group;  // heads of a source that add up to one of the destination
 };
 
-/// Each thread makes kUnroll packs of kPack elements; sources are read one after another in their
-/// order, so a sum does not depend on the launch.
+/// The interval that holds `row`, by a warp that probes 32 at a time.
+__device__ std::int64_t find_interval(const std::int64_t* begins, std::int64_t intervals,
+                                      std::int64_t row) {
+  std::int64_t low = 0;
+  std::int64_t size = intervals;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  while (size > 1) {
+    const std::int64_t stride = (size + 31) / 32;
+    const std::int64_t probe = low + lane * stride;
+    const bool before = probe < low + size && begins[probe] <= row;
+    // Lane 0 always holds: the row is not before the range.
+    const int last = 31 - __clz(static_cast<int>(__ballot_sync(0xffffffffu, before)));
+    const std::int64_t end = low + size;
+    low += last * stride;
+    size = min(stride, end - low);
+  }
+  return low;
+}
+
+template <typename In, int kPack>
+__device__ __forceinline__ void add(float (&sums)[kPack], const Pack<In, kPack>& values) {
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) sums[i] += to_float(values.values[i]);
+}
+
+/// Each thread makes kUnroll packs of kPack elements. Sources are added one after another in their
+/// order, so a sum does not depend on the launch; loads run kAhead packs ahead of the additions.
 template <typename In, typename Out, int kPack>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     sum_rows_kernel(const __grid_constant__ SumParams params) {
   const std::int64_t total = params.rows * params.row_packs;
   const std::int64_t block_begin = static_cast<std::int64_t>(blockIdx.x) * (kThreads * kUnroll);
   const std::int64_t first_row = block_begin / params.row_packs;
   const auto skip = static_cast<std::uint32_t>(block_begin - first_row * params.row_packs);
   const std::int64_t* table_rows = params.begins + params.intervals + 1;
+  const std::int64_t first_interval = find_interval(params.begins, params.intervals, first_row);
 
   float sums[kUnroll][kPack] = {};
   std::int64_t in_interval[kUnroll];
   const std::int64_t* origins[kUnroll];
   std::uint32_t columns[kUnroll];
   bool live[kUnroll];
+  std::int64_t interval = first_interval;
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const std::uint32_t offset = static_cast<std::uint32_t>(u * kThreads) + threadIdx.x;
@@ -51,46 +81,65 @@ __global__ void __launch_bounds__(kThreads)
     const std::uint32_t row_in_block = (skip + offset) / params.row_packs;
     columns[u] = skip + offset - row_in_block * params.row_packs;
     const std::int64_t row = first_row + row_in_block;
-    std::int64_t low = 0;
-    std::int64_t high = params.intervals;
-    while (high - low > 1) {
-      const std::int64_t middle = (low + high) / 2;
-      if (params.begins[middle] <= row) {
-        low = middle;
-      } else {
-        high = middle;
-      }
-    }
-    in_interval[u] = row - params.begins[low];
-    origins[u] = table_rows + low * params.count;
+    // A block has few rows, and their intervals follow one another.
+    while (live[u] && params.begins[interval + 1] <= row) ++interval;
+    in_interval[u] = row - params.begins[interval];
+    origins[u] = table_rows + interval * params.count;
   }
-  for (int s = 0; s < params.count; ++s) {
-    const auto* source = static_cast<const Pack<In, kPack>*>(params.sources[s]);
-    const Pack<In, kPack>* from[kUnroll];
+  using Loaded = Pack<In, kPack>;
+  const auto source_pack = [&](int s, int u) -> const Loaded* {
+    const std::int64_t origin = live[u] && s < params.count ? origins[u][s] : -1;
+    if (origin < 0) return nullptr;
+    // Head h's group starts at pack h x group x head_packs of the source's row.
+    const std::uint32_t head = columns[u] / params.head_packs;
+    const std::int64_t column =
+        columns[u] + static_cast<std::int64_t>(head) * (params.group - 1) * params.head_packs;
+    return static_cast<const Loaded*>(params.sources[s]) +
+           (origin + in_interval[u]) * static_cast<std::int64_t>(params.row_packs) * params.group +
+           column;
+  };
+  Loaded loaded[kAhead][kUnroll];
+  if (params.group == 1) {
+    for (int s = 0; s < params.count; s += kAhead) {
+      const Loaded* from[kAhead][kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const std::int64_t origin = live[u] ? origins[u][s] : -1;
-      // Head h's group starts at pack h x group x head_packs of the source's row.
-      const std::uint32_t head = columns[u] / params.head_packs;
-      const std::int64_t column =
-          columns[u] + static_cast<std::int64_t>(head) * (params.group - 1) * params.head_packs;
-      from[u] = origin < 0 ? nullptr
-                           : source +
-                                 (origin + in_interval[u]) *
-                                     static_cast<std::int64_t>(params.row_packs) * params.group +
-                                 column;
-    }
-    for (std::uint32_t member = 0; member < params.group; ++member) {
-      Pack<In, kPack> loaded[kUnroll];
+      for (int a = 0; a < kAhead; ++a) {
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (from[u] != nullptr) loaded[u] = from[u][member * params.head_packs];
+        for (int u = 0; u < kUnroll; ++u) {
+          from[a][u] = source_pack(s + a, u);
+          if (from[a][u] != nullptr) loaded[a][u] = *from[a][u];
+        }
       }
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (from[u] == nullptr) continue;
+      for (int a = 0; a < kAhead; ++a) {
 #pragma unroll
-        for (int i = 0; i < kPack; ++i) sums[u][i] += to_float(loaded[u].values[i]);
+        for (int u = 0; u < kUnroll; ++u) {
+          if (from[a][u] != nullptr) add(sums[u], loaded[a][u]);
+        }
+      }
+    }
+  } else {
+    for (int s = 0; s < params.count; ++s) {
+      const Loaded* from[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) from[u] = source_pack(s, u);
+      for (std::uint32_t member = 0; member < params.group; member += kAhead) {
+#pragma unroll
+        for (int a = 0; a < kAhead; ++a) {
+#pragma unroll
+          for (int u = 0; u < kUnroll; ++u) {
+            if (from[u] != nullptr && member + a < params.group) {
+              loaded[a][u] = from[u][(member + a) * params.head_packs];
+            }
+          }
+        }
+#pragma unroll
+        for (int a = 0; a < kAhead; ++a) {
+#pragma unroll
+          for (int u = 0; u < kUnroll; ++u) {
+            if (from[u] != nullptr && member + a < params.group) add(sums[u], loaded[a][u]);
+          }
+        }
       }
     }
   }
@@ -126,14 +175,16 @@ template <typename In, typename Out>
 void dispatch_pack(SumParams& params, std::int64_t heads, std::int64_t head_dim,
                    cudaStream_t stream) {
   auto bits = reinterpret_cast<std::uintptr_t>(params.destination);
-  bits |=
-      static_cast<std::uintptr_t>(params.row_stride | params.head_stride | head_dim) * sizeof(Out);
+  bits |= static_cast<std::uintptr_t>(params.row_stride | params.head_stride) * sizeof(Out);
+  std::uintptr_t source_bits = 0;
   for (int s = 0; s < params.count; ++s) {
-    bits |= reinterpret_cast<std::uintptr_t>(params.sources[s]);
+    source_bits |= reinterpret_cast<std::uintptr_t>(params.sources[s]);
   }
-  constexpr std::uintptr_t kAlign = 4 * (sizeof(In) > sizeof(Out) ? sizeof(In) : sizeof(Out));
-  if (bits % kAlign == 0 && head_dim % 4 == 0) {
-    launch<In, Out, 4>(params, heads, head_dim, stream);
+  constexpr int kWide = 16 / sizeof(In);
+  constexpr std::uintptr_t kOutBytes = kWide * sizeof(Out);
+  constexpr std::uintptr_t kOutAlign = kOutBytes < 16 ? kOutBytes : 16;
+  if (source_bits % 16 == 0 && bits % kOutAlign == 0 && head_dim % kWide == 0) {
+    launch<In, Out, kWide>(params, heads, head_dim, stream);
   } else {
     launch<In, Out, 1>(params, heads, head_dim, stream);
   }

@@ -1,9 +1,13 @@
-// Ranks that are processes: gpu_process_test RANKS peer|nccl [STEPS]. The parent forks before it
-// touches CUDA; the ranks' host messages go through shared memory. Each rank compares its rows with
-// the float64 reference. Exit code 0 when all ranks agree with it.
+// Ranks that are processes: gpu_process_test RANKS peer|nccl [STEPS [kill]]. The parent forks
+// before it touches CUDA; the ranks' host messages go through shared memory. Each rank compares its
+// rows with the float64 reference. With "kill" the last rank is killed after STEPS steps, when its
+// part of an exchange has been promised but not made: the others must end with an error that names
+// it within ZIGZAG_TIMEOUT_S, and new processes must then be able to use the GPUs. Exit code 0 when
+// all went so.
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <csignal>
 #include <cstdio>
 #include <cstring>
 #include <new>
@@ -12,10 +16,12 @@
 #include <thread>
 #include <vector>
 
+#include <cuda_runtime_api.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "cuda/check.h"
 #include "cuda/runtime.h"
 #include "gpu_case.h"
 
@@ -38,8 +44,9 @@ void wait_until(const std::atomic<std::uint64_t>& counter, std::uint64_t value) 
   const auto start = std::chrono::steady_clock::now();
   while (counter.load() < value) {
     std::this_thread::yield();
-    if (std::chrono::steady_clock::now() - start > std::chrono::seconds(60)) {
-      throw std::runtime_error("a process did not come within 60 s");
+    if (std::chrono::steady_clock::now() - start >
+        std::chrono::duration<double>(timeout_seconds())) {
+      throw std::runtime_error("a process did not come in time");
     }
   }
 }
@@ -102,7 +109,55 @@ double local_error(const GpuTensor& got, const std::vector<double>& want, const 
   return distance(to_doubles(bytes.data(), count, got.view.dtype), local);
 }
 
-int run_rank(Shared& shared, int rank, int size, const std::string& comm, int steps,
+/// Blocks a stream until the process dies.
+void sleep_on_stream(void*) {
+  while (true) std::this_thread::sleep_for(std::chrono::hours(1));
+}
+
+/// A forward to which the last rank promises its rows and is killed before it packs them.
+int run_until_killed(int rank, int size, Device device, const Communicator& group, void* stream) {
+  const Plan plan = Plan::from_lengths(std::vector<int64_t>{1000}, size);
+  const auto tensor = [&](int64_t heads) {
+    return on_gpu({plan.local_tokens(rank), heads, 64}, DType::kBFloat16, device, nullptr);
+  };
+  const GpuTensor q = tensor(4);
+  const GpuTensor k = tensor(2);
+  const GpuTensor v = tensor(2);
+  const GpuTensor out = tensor(4);
+  const GpuTensor lse = on_gpu({plan.local_tokens(rank), 4}, DType::kFloat32, device, nullptr);
+  AttentionOptions options;
+  options.stream = stream;
+  const bool victim = rank == size - 1;
+  if (victim) {
+    cuda::check(cudaLaunchHostFunc(cuda::as_stream(stream), sleep_on_stream, nullptr),
+                "cudaLaunchHostFunc");
+  }
+  if (victim) {
+    // Its own calls may wait for the stream that sleeps; by then the others have its promise.
+    std::thread([] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1500));
+      (void)raise(SIGKILL);
+    }).detach();
+  }
+  const auto start = std::chrono::steady_clock::now();
+  std::string message;
+  try {
+    forward(q.view, k.view, v.view, plan, group, options, out.view, lse.view);
+    cuda::synchronize(device, stream);
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  const double seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const bool named = message.find("waited") != std::string::npos &&
+                     message.find("gather of K and V") != std::string::npos;
+  std::printf("rank %d after %.1f s: %s\n", rank, seconds,
+              message.empty() ? "no error" : message.c_str());
+  std::fflush(stdout);
+  return named && seconds < timeout_seconds() + 10 ? 0 : 1;
+}
+
+int run_rank(Shared& shared, int rank, int size, const std::string& comm, int steps, bool kill,
              const std::vector<Problem>& problems,
              const std::vector<std::shared_ptr<const Results>>& wanted) {
   const Device device{DeviceType::kCuda, rank % cuda::device_count()};
@@ -159,9 +214,47 @@ int run_rank(Shared& shared, int rank, int size, const std::string& comm, int st
       }
     }
   }
+  if (kill) return run_until_killed(rank, size, device, group, stream.get());
   std::printf("rank %d of %d, %s: %d steps, largest error %.2f of its bound\n", rank, size,
               comm.c_str(), steps, worst);
   return 0;
+}
+
+/// Runs the ranks and returns how many did not end as they should.
+int run_processes(int size, const std::string& comm, int steps, bool kill,
+                  const std::vector<Problem>& problems,
+                  const std::vector<std::shared_ptr<const Results>>& wanted) {
+  void* memory =
+      mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) throw std::runtime_error("no shared memory");
+  auto* shared = new (memory) Shared;
+  std::fflush(stdout);
+  std::vector<pid_t> children;
+  for (int rank = 0; rank < size; ++rank) {
+    const pid_t child = fork();
+    if (child == 0) {
+      int code = 1;
+      try {
+        code = run_rank(*shared, rank, size, comm, steps, kill, problems, wanted);
+      } catch (const std::exception& error) {
+        std::printf("rank %d: %s\n", rank, error.what());
+      }
+      std::fflush(stdout);
+      _exit(code);
+    }
+    children.push_back(child);
+  }
+  int failed = 0;
+  for (int rank = 0; rank < size; ++rank) {
+    int status = 0;
+    const bool waited = waitpid(children[static_cast<std::size_t>(rank)], &status, 0) > 0;
+    const bool killed = waited && WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL;
+    const bool ended = waited && WIFEXITED(status) && WEXITSTATUS(status) == 0;
+    if (!(kill && rank == size - 1 ? killed : ended)) ++failed;
+  }
+  std::printf("%d of %d ranks failed\n", failed, size);
+  (void)munmap(memory, sizeof(Shared));
+  return failed;
 }
 
 int run(int argc, char** argv) {
@@ -182,34 +275,11 @@ int run(int argc, char** argv) {
   std::vector<std::shared_ptr<const Results>> wanted;
   for (const Problem& problem : problems) wanted.push_back(reference_of(problem));
 
-  void* memory =
-      mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) throw std::runtime_error("no shared memory");
-  auto* shared = new (memory) Shared;
-  std::vector<pid_t> children;
-  for (int rank = 0; rank < size; ++rank) {
-    const pid_t child = fork();
-    if (child == 0) {
-      int code = 1;
-      try {
-        code = run_rank(*shared, rank, size, comm, steps, problems, wanted);
-      } catch (const std::exception& error) {
-        std::printf("rank %d: %s\n", rank, error.what());
-      }
-      std::fflush(stdout);
-      _exit(code);
-    }
-    children.push_back(child);
-  }
-  int failed = 0;
-  for (const pid_t child : children) {
-    int status = 0;
-    if (waitpid(child, &status, 0) != child || !WIFEXITED(status) || WEXITSTATUS(status) != 0) {
-      ++failed;
-    }
-  }
-  std::printf("%d of %d ranks failed\n", failed, size);
-  return failed == 0 ? 0 : 1;
+  const bool kill = argc > 4 && std::string(argv[4]) == "kill";
+  const int failed = run_processes(size, comm, steps, kill, problems, wanted);
+  if (!kill || failed != 0) return failed == 0 ? 0 : 1;
+  std::printf("new processes on the same GPUs:\n");
+  return run_processes(size, comm, steps, false, problems, wanted) == 0 ? 0 : 1;
 }
 
 }  // namespace

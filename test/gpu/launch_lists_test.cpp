@@ -95,7 +95,7 @@ void check_pack(const std::vector<int64_t>& lengths, int64_t world_size, const M
             in_launch[item.q_begin + i].push_back({launch.layer, item.q_begin + i});
           }
           for (int64_t j = 0; j < item.k_count; ++j) {
-            dk[item.k_begin + j].push_back({launch.layer == 0 ? 0 : 1, item.dk_begin + j});
+            dk[item.k_begin + j].push_back({item.dk_source, item.dk_begin + j});
           }
         }
         for (const auto& [row, parts] : in_launch) {
@@ -129,6 +129,32 @@ TEST(LaunchLists, ManyShortDocumentsAndALongOne) {
   lengths[5] = 300;
   check_pack(lengths, 4, Mask{});
   check_pack(lengths, 1, Mask{});
+}
+
+/// Chunks of several tiles, which whole items are cut into blocks for.
+TEST(LaunchLists, LongChunks) {
+  check_pack({1600, 40}, 2, Mask{});
+  check_pack({1900}, 4, Mask{});
+}
+
+/// Items of every document but the longest keep all of their keys, so their dq is rounded once.
+TEST(LaunchLists, ShortDocumentsAreWhole) {
+  std::vector<int64_t> lengths(30, 400);
+  lengths[3] = 60000;
+  const Plan plan = Plan::from_lengths(lengths, 2);
+  for (const int64_t rank : {0, 1}) {
+    const std::vector<WorkItem> items = plan.work_items(rank, Mask{});
+    AttendArgs args;
+    args.plan = &plan;
+    args.rank = rank;
+    args.items = items;
+    args.q = TensorView::contiguous(nullptr, DType::kBFloat16, {plan.local_tokens(rank), 1, 16});
+    const auto lists = cuda::backward_launches(args, false);
+    ASSERT_EQ(lists->launches.size(), 3U);
+    EXPECT_EQ(lists->launches[1].mask, cuda::CudnnMask::kBottomRight);
+    EXPECT_EQ(lists->launches[1].items.size(), 58U);
+    EXPECT_LE(lists->launches[0].items.size(), 2U);
+  }
 }
 
 }  // namespace
