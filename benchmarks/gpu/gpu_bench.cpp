@@ -1,5 +1,6 @@
 // Benchmarks on GPUs: gpu_bench [--json FILE] SECTION..., with sections copy, layout, attention,
-// float32, peer[:W], nccl[:W], real[:W]. Prints a short table and writes every number to the file.
+// float32, peer[:W], nccl[:W], real[:W[,STAGE]], profile[:W[,STAGE]]. Prints a short table and
+// writes every number to the file.
 #include "gpu_bench.h"
 
 #include <algorithm>
@@ -99,6 +100,9 @@ int run(int argc, char** argv) {
     const std::string name = section.substr(0, colon);
     const int world_size =
         colon == std::string::npos ? cuda::device_count() : std::stoi(section.substr(colon + 1));
+    const std::size_t comma = section.find(',');
+    const std::int64_t stage =
+        comma == std::string::npos ? 0 : std::stoll(section.substr(comma + 1));
     try {
       if (name == "copy") {
         bench_copy(report);
@@ -109,7 +113,9 @@ int run(int argc, char** argv) {
       } else if (name == "float32") {
         bench_attention(report, DType::kFloat32);
       } else if (name == "real") {
-        bench_real(report, world_size);
+        bench_real(report, world_size, stage);
+      } else if (name == "profile") {
+        bench_profile("peer", world_size, stage);
       } else if (name == "peer" || name == "nccl") {
         bench_ranks(report, name, world_size, 40);
       } else {

@@ -37,6 +37,8 @@ void bench_copy(nlohmann::json& report);
 void bench_layout(nlohmann::json& report);
 void bench_attention(nlohmann::json& report, DType dtype);
 void bench_ranks(nlohmann::json& report, const std::string& comm, int world_size, int iterations);
-void bench_real(nlohmann::json& report, int world_size);
+void bench_real(nlohmann::json& report, int world_size, std::int64_t stage);
+/// For a profiler: prints the number of every phase.
+void bench_profile(const std::string& comm, int world_size, std::int64_t stage);
 
 }  // namespace zigzag::gpu_bench

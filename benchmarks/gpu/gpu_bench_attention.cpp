@@ -14,58 +14,14 @@
 #include "cuda/check.h"
 #include "cuda/runtime.h"
 #include "gpu_bench.h"
+#include "gpu_bench_steps.h"
 
 namespace zigzag::gpu_bench {
 namespace {
 
 using std::int64_t;
 
-struct Heads {
-  int64_t q = 32;
-  int64_t kv = 8;
-  int64_t dim = 128;
-};
-
-/// A rank's tensors of one step.
-struct Step {
-  Step(int64_t rows, const Heads& heads, DType dtype, Device device, std::uint64_t seed)
-      : q(random_tensor({rows, heads.q, heads.dim}, dtype, device, seed)),
-        k(random_tensor({rows, heads.kv, heads.dim}, dtype, device, seed + 1)),
-        v(random_tensor({rows, heads.kv, heads.dim}, dtype, device, seed + 2)),
-        dout(random_tensor({rows, heads.q, heads.dim}, dtype, device, seed + 3)),
-        out(random_tensor({rows, heads.q, heads.dim}, dtype, device, seed + 4)),
-        lse(random_tensor({rows, heads.q}, DType::kFloat32, device, seed + 5)),
-        dq(random_tensor({rows, heads.q, heads.dim}, dtype, device, seed + 6)),
-        dk(random_tensor({rows, heads.kv, heads.dim}, dtype, device, seed + 7)),
-        dv(random_tensor({rows, heads.kv, heads.dim}, dtype, device, seed + 8)) {}
-
-  void forward(const Plan& plan, const Communicator& group, const AttentionOptions& options) const {
-    zigzag::forward(q.view, k.view, v.view, plan, group, options, out.view, lse.view);
-  }
-  void backward(const Plan& plan, const Communicator& group,
-                const AttentionOptions& options) const {
-    zigzag::backward(dout.view, q.view, k.view, v.view, out.view, lse.view, plan, group, options,
-                     dq.view, dk.view, dv.view);
-  }
-
-  GpuTensor q, k, v, dout, out, lse, dq, dk, dv;
-};
-
 double tflops(double flops, double ms) { return flops / ms / 1e9; }
-
-/// The packs that gpu.md's table is made of, for `world_size` ranks.
-std::vector<std::vector<int64_t>> packs_for(int64_t world_size) {
-  std::vector<std::vector<int64_t>> packs{
-      {8192}, {256, 7392, 544}, {4096, 4096}, {3104, 3200, 1600, 160, 128}};
-  for (std::vector<int64_t>& pack : packs) {
-    for (int64_t& length : pack) length *= world_size;
-  }
-  return packs;
-}
-
-double seconds_now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 /// What every rank measures.
 struct RankTimes {
@@ -239,40 +195,17 @@ RankTimes time_ranks(const std::vector<Plan>& plans, const Heads& heads, const s
   return worst;
 }
 
-/// Documents of the lengths that test/data/document_lengths.csv counts, `tokens` tokens in all.
-std::vector<int64_t> real_pack(int64_t tokens, std::uint64_t seed) {
-  constexpr std::array<int64_t, 15> kBounds{0,    10,   50,    100,   200,   500,    1024,  2048,
-                                            4096, 8192, 16384, 32768, 65536, 131072, 196608};
-  constexpr std::array<double, 14> kCounts{30254,   391188,  699596, 1377757, 3794735,
-                                           3316785, 2106566, 988525, 410002,  173574,
-                                           115007,  18428,   22513,  18284};
-  std::mt19937_64 engine(seed);
-  std::vector<int64_t> lengths;
-  while (tokens > 0) {
-    const double total = std::accumulate(kCounts.begin(), kCounts.end(), 0.0);
-    double at = static_cast<double>(engine() >> 11) * 0x1p-53 * total;
-    std::size_t bin = 0;
-    while (bin + 1 < kCounts.size() && at >= kCounts[bin]) at -= kCounts[bin++];
-    const int64_t width = kBounds[bin + 1] - kBounds[bin];
-    const int64_t length =
-        kBounds[bin] + 1 + static_cast<int64_t>(engine() % static_cast<std::uint64_t>(width));
-    lengths.push_back(std::min(length, tokens));
-    tokens -= lengths.back();
-  }
-  return lengths;
-}
-
 }  // namespace
 
-void bench_real(nlohmann::json& report, int world_size) {
+void bench_real(nlohmann::json& report, int world_size, int64_t stage) {
   const Heads heads{64, 8, 128};
-  for (const int64_t tokens_a_gpu : {int64_t{32768}, int64_t{65536}}) {
-    for (const std::uint64_t seed : {1, 2}) {
+  for (const std::uint64_t seed : {1, 2}) {
+    for (const int64_t tokens_a_gpu : {int64_t{32768}, int64_t{65536}}) {
       const std::vector<int64_t> pack = real_pack(tokens_a_gpu * world_size, seed);
       const std::vector<Plan> alone{Plan::from_lengths(pack, 1)};
       const std::vector<Plan> shared{Plan::from_lengths(pack, world_size)};
-      const RankTimes one = time_ranks(alone, heads, "peer", 1, 2, 0, false);
-      const RankTimes all = time_ranks(shared, heads, "peer", world_size, 3, 0, false);
+      const RankTimes one = time_ranks(alone, heads, "peer", 1, 3, 0, false);
+      const RankTimes all = time_ranks(shared, heads, "peer", world_size, 5, stage, false);
       const double flops = alone[0].flops(0, heads.q, heads.dim);
       const double backward = all.both - all.forward;
       const double forward_share = one.forward / world_size / all.forward;
