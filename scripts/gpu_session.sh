@@ -2,7 +2,7 @@
 # Runs the GPU programs of build/gpu_carry (made by scripts/gpu_pack) on a machine with GPUs: logs
 # and JSON go to $OUT (default build/gpu_out), a short summary is printed last. A part that fails
 # does not stop the others.
-#   scripts/gpu_session.sh test|processes|run|single|ranks|real|sanitize...
+#   scripts/gpu_session.sh test|processes|kill|run|single|ranks|real|timeline|profile|sanitize...
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 OUT="${OUT:-build/gpu_out}"
@@ -39,6 +39,12 @@ for what in "$@"; do
       part ipc_4 90 "${carry}/gpu_process_test" 4 peer 6
       [[ "$(nvidia-smi -L | wc -l)" -gt 1 ]] && part nccl_2 60 "${carry}/gpu_process_test" 2 nccl 6
       ;;
+    kill)
+      # A rank is killed in an exchange: the others end with an error that names it, and new
+      # processes use the same GPUs.
+      part kill_peer 60 env ZIGZAG_TIMEOUT_S=10 "${carry}/gpu_process_test" 2 peer 3 kill
+      [[ "$(nvidia-smi -L | wc -l)" -gt 1 ]] && part kill_nccl 60 env ZIGZAG_TIMEOUT_S=10 "${carry}/gpu_process_test" 2 nccl 3 kill
+      ;;
     run)
       # The command, end to end, checked against the float64 reference and one rank.
       part run_peer 60 "${carry}/zigzag" run --device cuda --comm peer --ranks 4 --lengths 500,1,300,129 --heads 8 --kv-heads 2 --head-dim 64 --dtype bfloat16 --backward --check --json
@@ -57,9 +63,22 @@ for what in "$@"; do
     real)
       part bench_real 150 "${carry}/gpu_bench" --json "${OUT}/bench_real.json" real
       ;;
+    timeline)
+      part timeline 60 "${carry}/zigzag" bench attention --device cuda --ranks 2 --lengths 16384 --heads 32 --kv-heads 8 --dtype bfloat16 --timeline "${OUT}/timeline.json"
+      ;;
+    profile)
+      # Every kernel of a pass, and that steady calls neither wait nor allocate.
+      cupti="$(dirname "$(find /usr/local /opt -name 'libcupti.so.1[0-9]*' 2>/dev/null | head -1)")"
+      LD_LIBRARY_PATH="${libraries}:${cupti}" CUDA_INJECTION64_PATH="${PWD}/${carry}/libcupti_trace.so" \
+        ZIGZAG_CUPTI_TRACE=/tmp/zigzag_trace.csv timeout 90 "${carry}/gpu_bench" profile >"${logs}/phases.txt" 2>&1
+      part trace_report 60 python3 "${carry}/trace_report.py" /tmp/zigzag_trace.csv "${logs}/phases.txt" --kernels
+      part steady_calls 60 python3 "${carry}/steady_calls.py" /tmp/zigzag_trace.csv
+      ;;
     sanitize)
-      part memcheck 200 compute-sanitizer --tool memcheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter='GpuLayout.Empty:GpuAttention.OneRankHeadGroups:GpuAttention.Stages'
-      part racecheck 150 compute-sanitizer --tool racecheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter='GpuAttention.OneRankMasks'
+      part memcheck 200 compute-sanitizer --tool memcheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter='GpuLayout.StridedAndUnaligned:GpuAttention.OneRankHeadGroups:GpuAttention.Stages:GpuAttention.PeerRanksManyDocuments'
+      part racecheck 150 compute-sanitizer --tool racecheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter='GpuAttention.Softcap:GpuAttention.PeerRanksFloat32'
+      # Kernels of the library alone: cuDNN's barriers are more than the tool can follow.
+      part synccheck 150 compute-sanitizer --tool synccheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter='GpuAttention.Softcap:GpuAttention.PeerRanksFloat32:GpuLayout.StridedAndUnaligned'
       ;;
     *) echo "gpu_session.sh: no part '${what}'" >&2 ;;
   esac
