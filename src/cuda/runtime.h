@@ -21,11 +21,12 @@ std::vector<Component> components();
 /// True when every pair of these devices can read each other's memory, or is one device.
 bool peers_reach(std::span<const int> devices) noexcept;
 
-/// The PCI bus id that names a GPU among the processes of a host. Throws DeviceError when there is no
-/// such device.
+/// The PCI bus id that names a GPU among the processes of a host. Throws DeviceError when there is
+/// no such device.
 std::string bus_id(Device device);
 
-/// Why this device cannot read the memory of the GPU of that bus id; empty when it can. Never throws.
+/// Why this device cannot read the memory of the GPU of that bus id; empty when it can. Never
+/// throws.
 std::string why_unreachable(Device device, const std::string& bus) noexcept;
 
 /// Why attention on this device runs in the engine it runs in: "cuDNN 9.19.0", or why not.
