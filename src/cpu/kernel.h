@@ -88,8 +88,8 @@ struct RowGroup {
 /// The keys that one lane of an item sees; first == end when none.
 VisibleKeys visible_keys(const Problem& problem, const TaskRows& item, std::int64_t lane);
 
-/// The rows of a call cut into tasks of at most `lanes` lanes, of whole panels of `panel_lanes`
-/// where the rows suffice; heaviest first (ties in item order).
+/// The rows of a call cut into tasks of about `lanes` lanes (at most 1.5 times and a panel), of
+/// whole panels of `panel_lanes` where the rows suffice; heaviest first (ties in item order).
 std::vector<RowGroup> row_groups(const Problem& problem, const std::vector<TaskRows>& items,
                                  std::int64_t lanes, std::int64_t panel_lanes);
 

@@ -22,6 +22,43 @@ double visible_pairs(const Problem& problem, const TaskRows& item, std::int64_t 
   return keys / 2 * static_cast<double>(end - begin);
 }
 
+// Adds the ends of pieces of about `lanes` lanes of [begin, end): of whole panels and alike in
+// size, since a small piece would load its keys for a few lanes.
+void cut_evenly(std::int64_t begin, std::int64_t end, std::int64_t lanes, std::int64_t panel_lanes,
+                std::vector<std::int64_t>& cuts) {
+  const std::int64_t pieces = std::max<std::int64_t>(1, (end - begin + lanes / 2) / lanes);
+  const std::int64_t panels = (end - begin + panel_lanes * pieces - 1) / (panel_lanes * pieces);
+  while (begin < end) {
+    begin = std::min(end, begin + panels * panel_lanes);
+    cuts.push_back(begin);
+  }
+}
+
+// The keys that pieces load, all together.
+std::int64_t keys_loaded(const Problem& problem, const TaskRows& item,
+                         const std::vector<std::int64_t>& cuts) {
+  std::int64_t keys = 0;
+  for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
+    keys += visible_keys(problem, item, cuts[i + 1] - 1).end -
+            visible_keys(problem, item, cuts[i]).first;
+  }
+  return keys;
+}
+
+// Where an item's lanes are cut, from 0 to the last: with a cut between early and late rows where
+// fewer keys are loaded that way.
+std::vector<std::int64_t> piece_cuts(const Problem& problem, const TaskRows& item,
+                                     std::int64_t lanes, std::int64_t panel_lanes) {
+  const std::int64_t end = item.q_count * problem.group;
+  std::vector<std::int64_t> joined{0};
+  cut_evenly(0, end, lanes, panel_lanes, joined);
+  if (item.jump == 0 || joined.size() == 2) return joined;
+  std::vector<std::int64_t> parted{0};
+  cut_evenly(0, item.jump_row * problem.group, lanes, panel_lanes, parted);
+  cut_evenly(item.jump_row * problem.group, end, lanes, panel_lanes, parted);
+  return keys_loaded(problem, item, parted) < keys_loaded(problem, item, joined) ? parted : joined;
+}
+
 void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -72,19 +109,17 @@ std::vector<RowGroup> row_groups(const Problem& problem, const std::vector<TaskR
   const std::int64_t kv_heads = problem.args->k.shape[1];
   std::vector<RowGroup> groups;
   for (const TaskRows& item : items) {
-    const std::int64_t item_lanes = item.q_count * problem.group;
-    if (item_lanes == 0) continue;
-    // Pieces of whole panels, alike in size: a small one would load its keys for a few lanes.
-    const std::int64_t pieces = (item_lanes + lanes - 1) / lanes;
-    const std::int64_t panels = (item_lanes + panel_lanes * pieces - 1) / (panel_lanes * pieces);
-    const std::int64_t piece_lanes = panels * panel_lanes;
-    for (std::int64_t begin = 0; begin < item_lanes; begin += piece_lanes) {
+    if (item.q_count == 0) continue;
+    const std::vector<std::int64_t> cuts = piece_cuts(problem, item, lanes, panel_lanes);
+    for (std::size_t piece = 0; piece + 1 < cuts.size(); ++piece) {
       RowGroup group;
       group.item = &item;
-      group.lane_begin = begin;
-      group.lane_end = std::min(item_lanes, begin + piece_lanes);
-      group.width = group.lane_end - begin;
-      if (item.jump > 0 && begin / problem.group < item.jump_row) group.width += panel_lanes;
+      group.lane_begin = cuts[piece];
+      group.lane_end = cuts[piece + 1];
+      group.width = group.lane_end - group.lane_begin;
+      if (item.jump > 0 && group.lane_begin / problem.group < item.jump_row) {
+        group.width += panel_lanes;
+      }
       group.keys.first = visible_keys(problem, item, group.lane_begin).first;
       group.keys.end = visible_keys(problem, item, group.lane_end - 1).end;
       group.cost = visible_pairs(problem, item, group.lane_begin, group.lane_end);

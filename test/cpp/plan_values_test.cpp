@@ -1,4 +1,5 @@
 // The plan against the seed's formula, at scale, and its cost model.
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -94,6 +95,19 @@ TEST(PlanValues, MaskBoundsNeverOverflow) {
   const Plan plan = Plan::from_lengths(Lengths{100, 33}, 3);
   for (int64_t r = 0; r < 3; ++r) {
     EXPECT_EQ(plan.visible_pairs(r, mask), plan.visible_pairs(r, Mask{false, -1, -1}));
+  }
+}
+
+TEST(PlanBalance, RealPacksAreEvenOverEightRanks) {
+  constexpr int64_t kRanks = 8;
+  for (const int64_t tokens : {int64_t{1} << 16, int64_t{1} << 17}) {
+    for (std::uint64_t seed = 0; seed < 200; ++seed) {
+      const Plan plan = Plan::from_lengths(real_pack(seed, tokens, 1), kRanks);
+      const std::vector<double> pairs = plan.visible_pairs_all();
+      const double mean = std::accumulate(pairs.begin(), pairs.end(), 0.0) / kRanks;
+      EXPECT_LE(*std::max_element(pairs.begin(), pairs.end()), 1.03 * mean)
+          << "seed " << seed << ", " << tokens << " tokens";
+    }
   }
 }
 
