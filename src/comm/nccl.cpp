@@ -162,6 +162,13 @@ class NcclTransport final : public Transport {
                 const Packing& in, const Step& step, cudaStream_t stream, const Place& place) {
     watch_->check();
     cuda::DeviceGuard guard(device_);
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    cuda::check(cudaStreamIsCapturing(stream, &capture), "cudaStreamIsCapturing");
+    if (capture != cudaStreamCaptureStatusNone) {
+      throw DeviceError(
+          "a CUDA graph over several ranks needs peer memory between threads of one process; this "
+          "group exchanges through NCCL, whose deadlines no graph keeps");
+    }
     const cuda::TimelineScope scope(step_text(step), rank(), device_, cuda::Lane::kExchange,
                                     stream);
     cuda::DeviceState& device = cuda::DeviceState::get(device_);
