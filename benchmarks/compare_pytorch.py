@@ -274,7 +274,9 @@ def main() -> None:
         short = next(row for row in rows if row["name"] == f"{SHORT[0]} x {SHORT[1]}")
         flops = Case("", (SHORT[1],) * SHORT[0], 8, 64, "float32").gflop()
         masked = masked_seconds() * short["forward"]["zigzag_gflops"] / flops
-        print(f"\nOne masked call of PyTorch over the pack of short documents: {masked:.0f} x slower")
+        print(
+            f"\nOne masked call of PyTorch over the pack of short documents: {masked:.0f} x slower"
+        )
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
