@@ -24,9 +24,9 @@ struct LentRows {
 
 /// A stage's attention: every work item of a rank in one call.
 struct AttendArgs {
-  TensorView q;    // [local_tokens, heads, head_dim]
-  TensorView k;    // [gathered_tokens, kv_heads, head_dim]; without data when the rows are lent
-  TensorView v;    // as k
+  TensorView q;  // [local_tokens, heads, head_dim]
+  TensorView k;  // [gathered_tokens, kv_heads, head_dim]; without data when the rows are lent
+  TensorView v;  // as k
   std::span<const LentRows> lent_k;  // all rows in rising order; empty: they are in k and v
   std::span<const LentRows> lent_v;
   TensorView out;  // [local_tokens, heads, head_dim]

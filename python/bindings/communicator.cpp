@@ -106,9 +106,8 @@ Communicator on_gpu(Communicator (*make)(const Communicator&, int), const Commun
 std::pair<std::string, std::string> choose(const Communicator& bootstrap, int device,
                                            const std::string& wanted) {
   comm::ExchangeChoice choice;
-  run_operation(
-      [&] { choice = comm::choose_exchange(bootstrap.transport(), device, wanted); }, bootstrap,
-      {DeviceType::kCuda, device});
+  run_operation([&] { choice = comm::choose_exchange(bootstrap.transport(), device, wanted); },
+                bootstrap, {DeviceType::kCuda, device});
   return {choice.name, choice.reason};
 }
 

@@ -111,7 +111,8 @@ Tensor::Tensor(nb::object owner, std::uintptr_t address, const std::string& dtyp
                               nb::device::cuda::value, gpu);
 }
 
-nb::ndarray<nb::array_api> Tensor::allocate(const Tensor& like, const std::vector<std::size_t>& shape) {
+nb::ndarray<nb::array_api> Tensor::allocate(const Tensor& like,
+                                            const std::vector<std::size_t>& shape) {
   std::int64_t bytes = item_size(like.view.dtype);
   for (const std::size_t extent : shape) bytes *= static_cast<std::int64_t>(extent);
   auto owned = std::make_unique<Buffer>();
@@ -125,8 +126,9 @@ nb::ndarray<nb::array_api> Tensor::allocate(const Tensor& like, const std::vecto
   void* const data = owned->memory.get();
   nb::capsule owner(owned.release(),
                     [](void* pointer) noexcept { delete static_cast<Buffer*>(pointer); });
-  return nb::ndarray<nb::array_api>(data, shape.size(), shape.data(), owner, nullptr, like.array.dtype(),
-                       like.array.device_type(), like.array.device_id());
+  return nb::ndarray<nb::array_api>(data, shape.size(), shape.data(), owner, nullptr,
+                                    like.array.dtype(), like.array.device_type(),
+                                    like.array.device_id());
 }
 
 IndexArray to_array(std::vector<std::int64_t> values) {

@@ -28,10 +28,10 @@ struct Tensor {
   Tensor(nb::ndarray<nb::ro> source, const std::optional<std::string>& dtype);
   /// Memory of a GPU at `address` that `owner` keeps; strides in elements.
   Tensor(nb::object owner, std::uintptr_t address, const std::string& dtype,
-         const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& strides,
-         int gpu);
+         const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& strides, int gpu);
   /// Uninitialised memory of the type and on the device of `like`.
-  static nb::ndarray<nb::array_api> allocate(const Tensor& like, const std::vector<std::size_t>& shape);
+  static nb::ndarray<nb::array_api> allocate(const Tensor& like,
+                                             const std::vector<std::size_t>& shape);
 };
 
 /// A NumPy array [n] that owns the numbers.

@@ -10,7 +10,8 @@
 
 namespace zigzag::comm {
 
-/// Which operation a rank is about to start; kConnect: to exchange through GPUs it has not used yet.
+/// Which operation a rank is about to start; kConnect: to exchange through GPUs it has not used
+/// yet.
 enum class Direction : std::uint8_t { kForward, kBackward, kConnect };
 
 /// What every rank of a collective call must pass alike. A rank whose own arguments are invalid

@@ -103,7 +103,8 @@ class SharedMessages final : public Transport {
   void all_gather(std::span<const std::byte> in, std::span<std::byte> out) override {
     if (!decided_) share();
     throw_failure();
-    if (slots_ == nullptr || in.size() > kMessageBytes) return base_.transport().all_gather(in, out);
+    if (slots_ == nullptr || in.size() > kMessageBytes)
+      return base_.transport().all_gather(in, out);
     ++round_;
     Slot& mine = slots_[rank()];
     if (!in.empty()) std::memcpy(mine.data[round_ % 2], in.data(), in.size());
