@@ -43,7 +43,9 @@ def main():
                     steady += 1
                     names.update(window)
             window = []
-    print(f"{steady} steady calls, {first} that built a pack's tables, {wrong} that wait or allocate")
+    print(
+        f"{steady} steady calls, {first} that built a pack's tables, {wrong} that wait or allocate"
+    )
     print("CUDA calls of the steady ones:", dict(names.most_common()))
     return 1 if wrong or not steady else 0
 

@@ -10,7 +10,9 @@ import re
 import sys
 
 MARK = 3_000_001
-WAITS = re.compile(r"Synchronize|cudaMalloc(_|$)|cudaFree(_|$)|cudaMallocHost|cudaHostAlloc|cuMemAlloc")
+WAITS = re.compile(
+    r"Synchronize|cudaMalloc(_|$)|cudaFree(_|$)|cudaMallocHost|cudaHostAlloc|cuMemAlloc"
+)
 
 
 def short(name):
@@ -21,12 +23,18 @@ def short(name):
     return name[:64]
 
 
+def is_mark(work):
+    """Whether a piece of work is one of the profiler's marks around a phase."""
+    return work[2] == "memset" and MARK <= int(work[6]) < MARK + 16 * 1000
+
+
 def main():
     phases = {}
-    for line in open(sys.argv[2]):
-        match = re.match(r"phase (\d+): (.*)", line)
-        if match:
-            phases[int(match.group(1))] = match.group(2)
+    with open(sys.argv[2]) as file:
+        for line in file:
+            match = re.match(r"phase (\d+): (.*)", line)
+            if match:
+                phases[int(match.group(1))] = match.group(2)
     work, calls = [], []
     with open(sys.argv[1], newline="") as file:
         for row in csv.reader(file):
@@ -43,7 +51,7 @@ def main():
         marks = [
             (w[1], (int(w[6]) - MARK) // 16, w[4])
             for w in own
-            if w[2] == "memset" and MARK <= int(w[6]) < MARK + 16 * 1000 and (int(w[6]) - MARK) % 16 == 0
+            if is_mark(w) and (int(w[6]) - MARK) % 16 == 0
         ]
         # Three marks a phase; the last is taken.
         last = {}
@@ -51,7 +59,7 @@ def main():
             until = marks[i + 1][0] if i + 1 < len(marks) else own[-1][1] + 1
             last[phase] = (time, until, stream)
         for phase, (begin, until, stream) in sorted(last.items()):
-            inside = [w for w in own if begin <= w[0] < until and not (w[2] == "memset" and MARK <= int(w[6]) < MARK + 16000)]
+            inside = [w for w in own if begin <= w[0] < until and not is_mark(w)]
             if not inside:
                 continue
             # Work after a pause of 20 ms belongs to something else.

@@ -43,16 +43,46 @@ _ELSEWHERE = {
 
 def refuses_unknown(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """The function, with a sentence for a keyword that it does not have."""
-    known = tuple(inspect.signature(function).parameters)
+    signature = inspect.signature(function)
+    known = tuple(signature.parameters)
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         for name in kwargs:
             if name not in known:
-                raise _unknown(function.__name__, name, known)
+                error = _unknown(function.__name__, name, known)
+                _tell_caller_group(error, signature, args, kwargs)
+                raise error
         return function(*args, **kwargs)
 
     return call
+
+
+def tell_group(error: Exception, group: Any) -> None:
+    """Tells the ranks of a group that this one is about to raise, so that none waits for it."""
+    from zigzag_attention import _core
+    from zigzag_attention.communicator import communicator_of
+
+    try:
+        communicator = communicator_of(group)
+    except (TypeError, ValueError, RuntimeError):
+        return  # no group that one could tell
+    if communicator.size > 1:
+        _core.refuse(communicator._core, str(error))
+
+
+def _tell_caller_group(
+    error: Exception, signature: inspect.Signature, args: Any, kwargs: dict[str, Any]
+) -> None:
+    """As `tell_group`, for the group among the arguments of a call."""
+    own = {name: value for name, value in kwargs.items() if name in signature.parameters}
+    try:
+        given = signature.bind_partial(*args, **own).arguments
+    except TypeError:
+        return
+    # A plan for one rank needs no group, whatever torch.distributed has.
+    if "plan" not in signature.parameters or getattr(given.get("plan"), "world_size", 1) > 1:
+        tell_group(error, given.get("group"))
 
 
 def _unknown(function: str, name: str, known: tuple[str, ...]) -> Exception:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from zigzag_attention import _core
 from zigzag_attention._arrays import ArrayT, IntArray, same_kind, view
-from zigzag_attention._checks import Names, Options, attention_options, refuses_unknown
+from zigzag_attention._checks import Names, Options, attention_options, refuses_unknown, tell_group
 from zigzag_attention.communicator import Communicator, Group, handle_of, resolve
 from zigzag_attention.plan import Plan, Window, check_plan
 
@@ -150,7 +150,12 @@ def attention(
     """
     options = (causal, softmax_scale, window, softcap, kv_heads_per_stage, deterministic)
     check_plan(plan)
-    kind = same_kind("q k v", q, k, v)
+    try:
+        kind = same_kind("q k v", q, k, v)
+    except (TypeError, ValueError) as error:
+        if plan.world_size > 1:
+            tell_group(error, group)
+        raise
     options = check_options(options, v, _NAMES, group, plan.world_size)
     out: Any
     lse: Any

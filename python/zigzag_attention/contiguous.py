@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from zigzag_attention._arrays import Indices, same_kind
-from zigzag_attention._checks import refuses_unknown
+from zigzag_attention._checks import refuses_unknown, tell_group
 from zigzag_attention.attention import check_options
 from zigzag_attention.communicator import Group
 from zigzag_attention.drop_in import NAMES, check_packed, check_supported
@@ -171,10 +171,16 @@ def _call(
     group: Group,
 ) -> Any:
     """All three drop-ins; `pack` is (cu_seqlens_q, cu_seqlens_k, local_k_slice)."""
-    check_supported(dropout_p, alibi_slopes)
-    if same_kind(names, *packed) != "torch":
-        raise TypeError("the contiguous layout is for torch tensors; shard NumPy arrays by a Plan")
-    check_packed(names, packed)
+    try:
+        check_supported(dropout_p, alibi_slopes)
+        if same_kind(names, *packed) != "torch":
+            raise TypeError(
+                "the contiguous layout is for torch tensors; shard NumPy arrays by a Plan"
+            )
+        check_packed(names, packed)
+    except (TypeError, ValueError) as error:
+        tell_group(error, group)
+        raise
     from zigzag_attention import _contiguous, _torch
 
     world_size = _torch.world_size_of(group)

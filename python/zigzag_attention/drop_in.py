@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from zigzag_attention._arrays import Indices, index_array, same_kind
-from zigzag_attention._checks import Names, Options, refuses_unknown
+from zigzag_attention._checks import Names, Options, refuses_unknown, tell_group
 from zigzag_attention.attention import check_local, check_options, make_options, numpy_forward
 from zigzag_attention.communicator import Group, communicator_of
 from zigzag_attention.helpers import check_n_chunks
@@ -231,11 +231,15 @@ def _call(
     use_triton_kernel: bool,
 ) -> Any:
     """All three drop-ins."""
-    check_supported(dropout_p, alibi_slopes, n_chunks)
-    kind = same_kind(names, *packed)
-    check_packed(names, packed)
+    try:
+        check_supported(dropout_p, alibi_slopes, n_chunks)
+        kind = same_kind(names, *packed)
+        check_packed(names, packed)
+        kernels = kernels_name(use_triton_kernel) or ""
+    except (TypeError, ValueError) as error:
+        tell_group(error, group)
+        raise
     options: Options = (causal, softmax_scale, window_size, 0.0, heads_k_stride, deterministic)
-    kernels = kernels_name(use_triton_kernel) or ""
     out: Any
     lse: Any
     if kind == "torch":

@@ -54,6 +54,41 @@ def mismatched(repetition):
         assert "pack" in end.output or "plan" in end.output, end.output
 
 
+REFUSALS = """
+cu = torch.tensor([0, 64, 128])
+q, k, v = (torch.randn(64, h, 32) for h in (4, 2, 2))
+drop_in = z.zigzag_llama3_flash_attn_varlen_func
+given = (q, k, v, cu // 2, cu, 64, 64, 1, None)
+plan = z.Plan([0, 64, 128], 2)
+odd = rank == 1
+for call in (
+    lambda: drop_in(*given, dropout_p=0.5 if odd else 0.0),
+    lambda: drop_in(*given, alibi_slopes=torch.ones(4) if odd else None),
+    lambda: drop_in(*given, **({"softmax_scal": 1.0} if odd else {})),
+    lambda: z.attention(q, k, v, plan, **({"dropout": 0.5} if odd else {})),
+    lambda: z.attention(q.numpy() if odd else q, k, v, plan),
+):
+    try:
+        call()
+        print("no error", flush=True)
+    except (TypeError, ValueError) as error:
+        print("mine", error, flush=True)
+    except RuntimeError as error:
+        print("theirs", error, flush=True)
+z.attention(q, k, v, plan)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_a_refusal_on_one_rank_reaches_the_others():
+    ended = Processes(2, REFUSALS, ZIGZAG_TIMEOUT_S="20").wait(90)
+    for rank, end in enumerate(ended):
+        assert end.code == 0, end.output
+        assert "no error" not in end.output
+        assert end.output.count("mine" if rank == 1 else "theirs rank 1 passed") == 5, end.output
+
+
 def test_a_killed_process_ends_the_others():
     killed(1)
 
