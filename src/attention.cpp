@@ -42,6 +42,9 @@ Problem agree_on(comm::Direction direction, const TensorView& q, const Plan& pla
     problem = check();
   } catch (const InvalidArgument& refusal) {
     error = refusal.what();
+  } catch (const std::exception& failure) {
+    communicator.abort(failure.what());
+    throw;
   }
   comm::agree(communicator.transport(), describe(direction, q, plan, options, problem, error));
   return problem;

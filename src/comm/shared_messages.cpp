@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <random>
 #include <string>
@@ -26,6 +27,7 @@ namespace zigzag::comm {
 namespace {
 
 constexpr std::size_t kMessageBytes = std::size_t{16} << 10;
+constexpr std::uint64_t kBarrier = std::numeric_limits<std::uint64_t>::max();
 constexpr std::string_view kStep = "the exchange of a few bytes";
 constexpr auto kLook = std::chrono::milliseconds(5);   // for a dead peer
 constexpr auto kIdle = std::chrono::milliseconds(50);  // between calls of idle
@@ -41,6 +43,7 @@ struct Failure {
 /// read all of message n - 2.
 struct Slot {
   alignas(64) std::atomic<std::uint64_t> arrived{0};
+  std::uint64_t bytes[2];  // of the message; kBarrier: it is a barrier
   std::byte data[2][kMessageBytes];
 };
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free &&
@@ -103,14 +106,9 @@ class SharedMessages final : public Transport {
   void all_gather(std::span<const std::byte> in, std::span<std::byte> out) override {
     if (!decided_) share();
     throw_failure();
-    if (slots_ == nullptr || in.size() > kMessageBytes)
-      return base_.transport().all_gather(in, out);
-    ++round_;
-    Slot& mine = slots_[rank()];
-    if (!in.empty()) std::memcpy(mine.data[round_ % 2], in.data(), in.size());
-    mine.arrived.store(round_, std::memory_order_release);
-    const Deadline deadline(timeout_);
-    for (int r = 0; r < size(); ++r) wait_for(r, deadline);
+    if (slots_ == nullptr) return base_.transport().all_gather(in, out);
+    meet(in.size(), in.size() > kMessageBytes ? std::span<const std::byte>() : in);
+    if (in.size() > kMessageBytes) return base_.transport().all_gather(in, out);
     for (int r = 0; r < size() && !in.empty(); ++r) {
       std::memcpy(out.data() + in.size() * static_cast<std::size_t>(r), slots_[r].data[round_ % 2],
                   in.size());
@@ -118,12 +116,14 @@ class SharedMessages final : public Transport {
   }
 
   void barrier() override {
-    std::vector<std::byte> all(static_cast<std::size_t>(size()));
-    const std::byte one{1};
-    all_gather({&one, 1}, all);
+    if (!decided_) share();
+    throw_failure();
+    if (slots_ == nullptr) return base_.transport().barrier();
+    meet(kBarrier, {});
   }
 
   void abort(std::string_view reason) noexcept override {
+    reason = cause_of(reason);
     std::uint32_t none = 0;
     if (failure_ != nullptr && failure_->state.compare_exchange_strong(none, 1)) {
       failure_->rank = rank();
@@ -145,6 +145,37 @@ class SharedMessages final : public Transport {
   }
 
  private:
+  /// What a traceback of Python ends in; any other text as it is.
+  static std::string_view cause_of(std::string_view reason) {
+    if (!reason.starts_with("Traceback")) return reason;
+    while (reason.ends_with('\n')) reason.remove_suffix(1);
+    const std::size_t blank = reason.rfind("\n\n");
+    const std::size_t line = reason.rfind('\n');
+    return reason.substr(blank != std::string_view::npos ? blank + 2 : line + 1);
+  }
+
+  static std::string text_of(std::uint64_t bytes) {
+    return bytes == kBarrier ? "came to a barrier" : fmt::format("gave {} bytes", bytes);
+  }
+
+  /// Gives this rank's message, waits for the others' and throws when they are of another kind or
+  /// size: then the ranks make different calls.
+  void meet(std::uint64_t bytes, std::span<const std::byte> data) {
+    const std::uint64_t half = ++round_ % 2;
+    Slot& mine = slots_[rank()];
+    mine.bytes[half] = bytes;
+    if (!data.empty()) std::memcpy(mine.data[half], data.data(), data.size());
+    mine.arrived.store(round_, std::memory_order_release);
+    const Deadline deadline(timeout_);
+    for (int r = 0; r < size(); ++r) wait_for(r, deadline);
+    for (int r = 1; r < size(); ++r) {
+      if (slots_[r].bytes[half] == slots_[0].bytes[half]) continue;
+      throw CommunicationError(fmt::format(
+          "rank {} stopped in {}: rank {} {} while rank 0 {}; all ranks must make the same calls",
+          rank(), kStep, r, text_of(slots_[r].bytes[half]), text_of(slots_[0].bytes[half])));
+    }
+  }
+
   /// Maps memory that all ranks share, or finds that there is none for them.
   void share() {
     Transport& transport = base_.transport();

@@ -42,6 +42,29 @@ except z.CommunicationError as error:
 """
 
 
+UNLIKE = """
+group = z.Communicator.from_torch(dist.group.WORLD)
+group.all_gather(b"A" * 104)
+group.all_gather(b"A" * 104)
+for mine, other in ((8, 16), (8, 20000), (20000, 20008), (8, None)):
+    count = mine if rank == 0 else other
+    try:
+        group.barrier() if count is None else group.all_gather(b"B" * count)
+        print("no error", flush=True)
+    except z.CommunicationError as error:
+        assert "all ranks must make the same calls" in str(error), error
+        assert "rank 0 gave %d bytes" % mine in str(error), error
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_that_make_different_calls_are_told():
+    ended = Processes(2, UNLIKE, ZIGZAG_TIMEOUT_S="20").wait(60)
+    for end in ended:
+        assert end.code == 0 and "no error" not in end.output, end.output
+
+
 def test_messages_arrive_whole_and_in_order():
     for size in (2, 5):
         run_processes(size, ROUNDS)
