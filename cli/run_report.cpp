@@ -110,7 +110,9 @@ void print_memory(const RunReport& report) {
   line(m.whole, "results in global order, for --check");
   const std::int64_t kv_heads = report.job->source->shape().kv_heads;
   line(m.gathered, fmt::format("gathered K and V, {} of {} KV heads at a time", m.stage, kv_heads));
-  line(m.partials, "dK and dV of those heads in float32, before they are summed over ranks");
+  line(m.partials,
+       fmt::format("dK and dV in float32, {} of {} KV heads at a time, before the sum over ranks",
+                   m.stage, kv_heads));
   const double named = m.inputs + m.results + m.whole + m.gathered + m.partials;
   line(std::max(0.0, m.peak - named), "program, threads, tables and scratch of the kernels");
   fmt::print("All but the last are linear in the tokens; nothing grows with their square.\n");
