@@ -137,13 +137,6 @@ std::string difference(std::span<const Record> records) {
   return "the ranks' arguments differ; all ranks must pass the same";
 }
 
-template <typename T>
-std::vector<T> all_gather(Transport& transport, const T& mine) {
-  std::vector<T> all(static_cast<std::size_t>(transport.size()));
-  transport.all_gather(std::as_bytes(std::span(&mine, 1)), std::as_writable_bytes(std::span(all)));
-  return all;
-}
-
 [[noreturn]] void throw_invalid(Transport& transport, std::span<const Record> records,
                                 const std::string& mine) {
   Sentence sentence{};

@@ -39,14 +39,6 @@ void store(char (&field)[size], std::string_view text) {
   std::memcpy(field, text.data(), std::min(text.size(), size - 1));
 }
 
-template <typename T>
-std::vector<T> all_gather(Transport& transport, const T& mine) {
-  std::vector<T> all(static_cast<std::size_t>(transport.size()));
-  transport.all_gather(std::as_bytes(std::span<const T>(&mine, 1)),
-                       std::as_writable_bytes(std::span<T>(all)));
-  return all;
-}
-
 /// What the caller or the environment asks for: "auto", "peer" or "nccl".
 std::string resolve(std::string_view wanted) {
   const auto known = [](std::string_view word) {

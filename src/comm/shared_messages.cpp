@@ -53,14 +53,6 @@ struct Name {
   char text[64] = {};
 };
 
-template <typename T>
-std::vector<T> all_gather(Transport& transport, const T& mine) {
-  std::vector<T> all(static_cast<std::size_t>(transport.size()));
-  transport.all_gather(std::as_bytes(std::span<const T>(&mine, 1)),
-                       std::as_writable_bytes(std::span<T>(all)));
-  return all;
-}
-
 /// Memory that processes share; unmapped with its owner.
 class Mapping {
  public:

@@ -92,4 +92,13 @@ class Transport {
                       const Step& step, Queue queue) = 0;
 };
 
+/// A value of plain bytes from every rank, in rank order.
+template <typename T>
+std::vector<T> all_gather(Transport& transport, const T& mine) {
+  std::vector<T> all(static_cast<std::size_t>(transport.size()));
+  transport.all_gather(std::as_bytes(std::span<const T>(&mine, 1)),
+                       std::as_writable_bytes(std::span<T>(all)));
+  return all;
+}
+
 }  // namespace zigzag::comm
