@@ -1,6 +1,8 @@
 #include <memory>
 #include <vector>
 
+#include <fmt/format.h>
+
 #include "bench_common.h"
 #include "command.h"
 #include "zigzag/error.h"
@@ -14,13 +16,23 @@ void add_benchmark(CLI::App& bench, Action& action, const std::string& name,
   CLI::App* command = bench.add_subcommand(name, description);
   auto options = std::make_shared<BenchOptions>(defaults);
   Flags flags(*command);
-  options->declare(flags);
+  options->declare(flags, run == bench_attention);
   if (run == bench_attention) {
     flags.text("--timeline", options->timeline, "FILE",
                "Write what the GPUs did in one forward and backward, as Chrome trace JSON");
   }
   command->footer(footer);
-  command->callback([options, run, &action] { action = [options, run] { return run(*options); }; });
+  command->callback([=, &action] {
+    action = [=] {
+      if (const std::int64_t processes = launched_processes(); processes > 1) {
+        throw InvalidArgument(
+            fmt::format("bench {} runs all its ranks in one process, and {} were started together; "
+                        "start it without mpirun",
+                        name, processes));
+      }
+      return run(*options);
+    };
+  });
 }
 
 }  // namespace
@@ -29,8 +41,10 @@ void add_bench(CLI::App& app, Action& action) {
   CLI::App* bench = app.add_subcommand("bench", "Timings, verified: layout, attention, plan");
   bench->require_subcommand(0, 1);
   bench->footer(
-      "Each benchmark takes the same options; docs/cli.md defines its columns. #wrong counts\n"
-      "elements that differ from what they are compared with by more than allowed: 0 is right.\n\n"
+      "Each takes the same options; --device, --comm and --timeline are attention's alone.\n"
+      "All ranks are of one process: start it without mpirun. docs/cli.md defines the columns.\n"
+      "#wrong counts elements that differ from what they are compared with by more than allowed:\n"
+      "0 is right.\n\n"
       "Examples:\n"
       "  zigzag bench layout\n"
       "  zigzag bench attention --lengths 4096 --head-dim 128 --ranks 4 --json\n"

@@ -278,11 +278,6 @@ int bench_attention(const BenchOptions& options) {
   chosen.mask.apply(attention);
   const std::unique_ptr<PackSource> source = open_source(chosen.pack, chosen.shape);
   const std::vector<int> threads = chosen.thread_counts();
-  if (chosen.group.comm == "mpi" || launched_processes() > 1) {
-    throw InvalidArgument(
-        "bench attention runs its ranks as threads of one process; start it without mpirun and "
-        "--comm mpi");
-  }
   const Group group(chosen.group);
   GroupOptions one = chosen.group;
   one.ranks = 1;

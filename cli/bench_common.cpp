@@ -27,11 +27,15 @@ std::string cell(const nlohmann::ordered_json& value) {
 
 }  // namespace
 
-void BenchOptions::declare(Flags& flags) {
+void BenchOptions::declare(Flags& flags, bool exchange) {
   pack.declare(flags);
   flags.integer("--seed", pack.seed, 0, std::numeric_limits<std::int64_t>::max(),
                 "Seed of everything that is drawn");
-  group.declare(flags);
+  if (exchange) {
+    group.declare_threads(flags);
+  } else {
+    group.declare_ranks(flags);
+  }
   shape.declare(flags);
   mask.declare(flags);
   mask.declare_scores(flags);

@@ -12,7 +12,7 @@
 
 namespace zigzag::cli {
 
-/// The option set that all benchmarks share.
+/// The option set that all benchmarks share; only attention has a device and an exchange.
 struct BenchOptions {
   PackOptions pack;
   ShapeOptions shape;
@@ -24,8 +24,9 @@ struct BenchOptions {
   bool json = false;
   std::string timeline;  // attention on GPUs: the file to write
 
-  /// Declares the flags; the defaults are what this object holds.
-  void declare(Flags& flags);
+  /// Declares the flags; the defaults are what this object holds. `exchange`: with --device and
+  /// --comm.
+  void declare(Flags& flags, bool exchange);
   /// The thread counts. Throws InvalidArgument.
   std::vector<int> thread_counts() const;
   /// The pack: from the flags, or `fallback` lengths when none is given.

@@ -11,7 +11,6 @@
 #include "io/generate.h"
 #include "progress.h"
 #include "tensor_memory.h"
-#include "zigzag/error.h"
 #include "zigzag/layout.h"
 #include "zigzag/system.h"
 
@@ -117,9 +116,6 @@ class LayoutBench {
 }  // namespace
 
 int bench_layout(const BenchOptions& options) {
-  if (options.group.device != "cpu") {
-    throw InvalidArgument("bench layout measures the CPU; benchmarks/ has the scripts for GPUs");
-  }
   const std::vector<int> threads = options.thread_counts();
   const Plan plan(options.cu_seqlens(kDefaultLengths), options.group.ranks);
   const LayoutBench bench(plan, {options.shape.kv_heads, options.shape.head_dim},

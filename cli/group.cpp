@@ -10,6 +10,7 @@
 #include "command.h"
 #include "cuda/runtime.h"
 #include "zigzag/error.h"
+#include "zigzag/plan.h"
 
 namespace zigzag::cli {
 namespace {
@@ -66,6 +67,19 @@ void GroupOptions::declare(Flags& flags) {
   flags.choice("--device", device, {"cpu", "cuda"}, "Where attention runs");
   flags.choice("--comm", comm, {"threads", "mpi", "nccl", "peer"},
                "How ranks exchange [threads; mpi under mpirun; on cuda peer, else nccl]");
+}
+
+void GroupOptions::declare_threads(Flags& flags) {
+  flags.group("Ranks");
+  flags.integer("--ranks", ranks, 1, kMostRanks, "Ranks that share the pack: threads of a process");
+  flags.choice("--device", device, {"cpu", "cuda"}, "Where attention runs");
+  flags.choice("--comm", comm, {"threads", "nccl", "peer"},
+               "How ranks exchange [threads; on cuda peer, else nccl]");
+}
+
+void GroupOptions::declare_ranks(Flags& flags) {
+  flags.group("Ranks");
+  flags.integer("--ranks", ranks, 1, Plan::kMaxWorldSize, "Ranks that share the pack");
 }
 
 Group::Group(const GroupOptions& options) : device_(options.device), comm_(options.comm) {

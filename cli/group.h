@@ -20,8 +20,12 @@ struct GroupOptions {
   /// Threads of this process even when a launcher started several.
   bool alone = false;
 
-  /// Declares --ranks, --device and --comm.
+  /// Declares --ranks, --device and --comm of ranks that are threads, or processes of mpirun.
   void declare(Flags& flags);
+  /// Declares them for ranks that are threads of this process and nothing else.
+  void declare_threads(Flags& flags);
+  /// Declares --ranks for what one process computes for all ranks.
+  void declare_ranks(Flags& flags);
 };
 
 /// Processes that mpirun or srun started together; 1 without a launcher.

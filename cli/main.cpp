@@ -8,6 +8,7 @@
 #include <string>
 #include <string_view>
 #include <thread>
+#include <vector>
 
 #include <fmt/format.h>
 #include <unistd.h>
@@ -46,12 +47,14 @@ std::string parse_sentence(const CLI::App& app, const CLI::ParseError& error) {
   std::string what = error.what();
   const std::string subject = what.substr(0, what.find(':'));
   if (dynamic_cast<const CLI::ExtrasError*>(&error) != nullptr) {
-    const std::string rest = what.substr(std::min(what.find(':') + 2, what.size()));
-    if (name == "zigzag" && !rest.starts_with("-")) {
+    // What follows an unknown flag is its value as likely as not.
+    const std::vector<std::string> unknown = app.remaining(true);
+    const std::string first = unknown.empty() ? subject : unknown.front();
+    if (name == "zigzag" && !first.starts_with("-")) {
       return fmt::format("there is no subcommand '{}'; plan, run, bench and doctor are there",
-                         rest);
+                         first);
     }
-    what = fmt::format("unknown argument '{}'", rest);
+    what = fmt::format("unknown argument '{}'", first);
   } else if (dynamic_cast<const CLI::ArgumentMismatch*>(&error) != nullptr) {
     const bool none =
         what.find("missing") != std::string::npos || what.find("received 0") != std::string::npos;

@@ -123,6 +123,7 @@ FLAGS = [
     ("rate of 0", "plan --lengths 5 --ranks 2 --tflops 0 --gbps 1"),
     ("no benchmark", "bench"),
     ("benchmark over MPI", "bench attention --lengths 50 --comm mpi"),
+    ("exchange where there is none", "bench layout --lengths 50 --comm threads"),
     ("0 threads", "bench layout --lengths 50 --threads 0"),
     ("0 repetitions", "bench attention --lengths 50 --repeat 0"),
 ]

@@ -72,6 +72,19 @@ class BenchTest(CommandTest):
         self.assertEqual([r["#wrong"] for r in result["rows"]], [0] * len(result["rows"]))
         self.assertIn("build the plan", [r["what"] for r in result["rows"]])
 
+    def test_help_says_what_benchmarks_take(self):
+        for benchmark in ("layout", "attention", "plan"):
+            text = self.passes("bench", benchmark, "--help").out
+            self.assertNotIn("mpi", text)
+            self.assertEqual("--comm" in text, benchmark == "attention")
+            self.assertEqual("--device" in text, benchmark == "attention")
+
+    def test_plan_of_more_ranks_than_threads(self):
+        result = self.passes(
+            "bench", "plan", "--lengths", "1000000000000", "--ranks", "8192", "--json"
+        ).json()
+        self.assertEqual(result["ranks"], 8192)
+
     def test_tables(self):
         for benchmark in ("layout", "attention", "plan"):
             table = self.passes(

@@ -369,10 +369,12 @@ class MpiTest(CommandTest):
             self.assertEqual(finished.stdout, b"")
             self.assertFalse((self.folder / "a").exists())
 
-    def test_benchmarks_of_attention_refuse_mpirun(self):
-        finished = self.mpirun(2, "bench", "attention", "--lengths", "50")
-        self.assertEqual(finished.returncode, 2)
-        self.assertIn("start it without mpirun", finished.stderr.decode())
+    def test_benchmarks_refuse_mpirun(self):
+        for benchmark in ("layout", "attention", "plan"):
+            finished = self.mpirun(2, "bench", benchmark, "--lengths", "50")
+            self.assertEqual(finished.returncode, 2)
+            self.assertEqual(finished.stdout, b"")
+            self.assertIn("start it without mpirun", finished.stderr.decode())
 
     def test_bad_input_is_said_once(self):
         finished = self.mpirun(3, "run", "--lengths", "5,x", "--comm", "mpi")
