@@ -145,25 +145,16 @@ def window(value: Any, name: str = "window") -> tuple[int, int]:
     return left, right
 
 
-def mask(causal: Any, sides: Any) -> tuple[bool, tuple[int, int]]:
-    """causal and window, which must not contradict one another."""
-    causal, (left, right) = truth(causal, "causal"), window(sides)
-    if causal and right > 0:
-        raise ValueError(
-            f"window is ({left}, {right}), but a causal query sees no later key; give a right side "
-            "of 0 or -1, or causal=False"
-        )
-    return causal, (left, right)
+def mask(causal: Any, sides: Any, name: str = "window") -> tuple[bool, tuple[int, int]]:
+    """causal and window. A key is seen when both allow it: a causal right side is 0 at most."""
+    causal, (left, right) = truth(causal, "causal"), window(sides, name)
+    return causal, (left, min(right, 0) if causal else right)
 
 
 def attention_options(options: Options, last: Any, names: Names) -> Options:
     """The options of a call whose last tensor, v or a packed one, is `last`."""
     causal, scale, sides, softcap, stage, deterministic = options
-    if names.window == "window":
-        causal, sides = mask(causal, sides)
-    else:
-        # The drop-ins' callers are used to a right side that causal overrides.
-        causal, sides = truth(causal, "causal"), window(sides, names.window)
+    causal, sides = mask(causal, sides, names.window)
     if stage is not None:
         stage = integer(stage, names.stage)
         kv_heads = last.shape[-2] if last.ndim > 1 else 1

@@ -130,7 +130,7 @@ def attention(
         causal: a query sees keys up to its own position in its document.
         softmax_scale: multiplies q.k; None means 1 / sqrt(head_dim).
         window: (left, right): how many keys before and after its own position a query sees; -1 is
-            no bound. With `causal` the right side is 0 or -1.
+            no bound. A key is seen when `causal` allows it, too, so that (w, w) is then (w, 0).
         softcap: scores s become softcap * tanh(s / softcap); 0 means none.
         kv_heads_per_stage: KV heads gathered at a time, a divisor of kv_heads; bounds memory and
             changes no result. None lets the library choose.

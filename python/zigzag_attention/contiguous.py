@@ -55,7 +55,7 @@ def llama3_flash_attn_varlen_func(
         dropout_p: must be 0.
         softmax_scale: multiplies q.k; None means 1 / sqrt(head_dim).
         causal: a query sees keys up to its own position in its document.
-        window_size: (left, right), -1 is no bound; `causal` overrides the right side.
+        window_size: (left, right), -1 is no bound; with `causal` (w, w) is (w, 0).
         alibi_slopes: must be None.
         deterministic: a bitwise repeatable backward on CUDA; the CPU's always is.
         return_attn_probs: return `(out, lse, None)`.

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from zigzag_attention import _torch
 from zigzag_attention._arrays import is_torch
+from zigzag_attention._checks import tell_group
 from zigzag_attention.communicator import Group, communicator_of
 from zigzag_attention.layout import shard
 from zigzag_attention.packing import Pack, position_ids, sum_gradients
-from zigzag_attention.plan import Plan
+from zigzag_attention.plan import Plan, check_plan
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,8 @@ class Registration:
         """
         import torch
 
-        rank = communicator_of(self.group).rank if plan.world_size > 1 else 0
+        self._check_size(plan)
+        rank = communicator_of(self.group).rank
         ids, labels = (
             x if is_torch(x) else torch.from_numpy(x) for x in (pack.input_ids, pack.labels)
         )
@@ -95,6 +97,19 @@ class Registration:
             "use_cache": False,
             "zigzag_plan": plan,
         }
+
+    def _check_size(self, plan: Plan) -> None:
+        """A plan for one rank in a larger world would make every rank's loss the whole one."""
+        check_plan(plan)
+        size = _torch.world_size_of(self.group)
+        if plan.world_size != size:
+            error = ValueError(
+                f"the plan is for {plan.world_size} ranks and the group of "
+                f"attn_implementation={self.name!r} has {size}; make it Plan(cu_seqlens, {size}), "
+                "or register() the group that the plan is for (Communicator.self() for one rank)"
+            )
+            tell_group(error, self.group)
+            raise error
 
     def attend(
         self,
@@ -119,6 +134,7 @@ class Registration:
                 f"attn_implementation={self.name!r} needs the step's pack: pass zigzag_plan=plan "
                 "to the model, or set it with registration.pack(plan)"
             )
+        self._check_size(plan)
         if attention_mask is not None:
             raise ValueError(
                 f"attn_implementation={self.name!r} takes no attention_mask: packs have no padding "

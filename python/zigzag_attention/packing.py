@@ -9,10 +9,13 @@ import numpy as np
 
 from zigzag_attention._arrays import ArrayT, Indices, index_array, is_torch, same_kind
 from zigzag_attention.communicator import Group
-from zigzag_attention.plan import Plan
+from zigzag_attention.plan import Plan, check_plan
 
 if TYPE_CHECKING:
     import torch
+
+
+_INTEGERS = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
 class Pack(NamedTuple):
@@ -41,6 +44,10 @@ def shift_labels(labels: ArrayT, cu_seqlens: Indices, ignore_index: int = -100) 
 
     Returns:
         `[tokens]`.
+
+    Raises:
+        ValueError: labels of another shape than cu_seqlens says, or of a type that cannot hold
+            ignore_index.
     """
     values = index_array(cu_seqlens, "cu_seqlens")
     if labels.ndim != 1 or labels.shape[0] != values[-1]:
@@ -49,6 +56,11 @@ def shift_labels(labels: ArrayT, cu_seqlens: Indices, ignore_index: int = -100) 
             f"must be [{int(values[-1])}]"
         )
     given: Any = labels
+    kind = str(given.dtype).removeprefix("torch.")
+    if kind in _INTEGERS and not np.iinfo(kind).min <= ignore_index <= np.iinfo(kind).max:
+        raise ValueError(
+            f"labels have type {kind}, which cannot hold ignore_index {ignore_index}; give int64"
+        )
     shifted: Any = given.clone() if is_torch(given) else given.copy()
     shifted[:-1] = labels[1:]
     lengths = np.diff(values)
@@ -71,15 +83,26 @@ def collate(
 
     Returns:
         A `Pack` with shifted labels; shard all of it with one `Plan(pack.cu_seqlens, world_size)`.
+
+    Raises:
+        ValueError: no documents, labels of other lengths, or tokens that are not `[length]`
+            integers.
+        TypeError: documents that are neither NumPy arrays nor torch tensors, or both mixed.
     """
     if len(documents) == 0:
         raise ValueError("collate was given no documents; it needs at least one")
     kind = same_kind(" ".join(f"documents[{i}]" for i in range(len(documents))), *documents)
-    lengths = np.array([len(document) for document in documents], dtype=np.int64)
     inputs: Any = documents
+    _check_tokens("documents", inputs)
+    lengths = np.array([len(document) for document in inputs], dtype=np.int64)
     targets: Any = documents if labels is None else labels
     if [len(target) for target in targets] != lengths.tolist():
         raise ValueError("labels have other lengths than the documents; they must be equal")
+    if labels is not None:
+        names = " ".join(f"labels[{i}]" for i in range(len(targets)))
+        if same_kind(names, *targets) != kind:
+            raise TypeError("documents and labels mix NumPy arrays and torch tensors")
+        _check_tokens("labels", targets)
     ends: Any = np.concatenate(([0], np.cumsum(lengths)))
     if kind == "torch":
         import torch
@@ -91,6 +114,17 @@ def collate(
         ids = np.concatenate(inputs)
         wanted = np.concatenate(targets)
     return Pack(ids, shift_labels(wanted, ends, ignore_index), ends)
+
+
+def _check_tokens(name: str, arrays: Sequence[Any]) -> None:
+    """Token ids are integers; of floats a model would look up something or nothing."""
+    for i, array in enumerate(arrays):
+        kind = str(array.dtype).removeprefix("torch.")
+        if array.ndim != 1 or kind not in _INTEGERS:
+            raise ValueError(
+                f"{name}[{i}] has shape {list(array.shape)} and type {kind}; tokens must be "
+                "one-dimensional, of integers"
+            )
 
 
 def position_ids(plan: Plan, rank: int, device: Any = None) -> torch.Tensor:
@@ -132,7 +166,7 @@ def token_mean(
     return loss_sum / count, mean
 
 
-def sum_gradients(model: torch.nn.Module, group: Group = None) -> None:
+def sum_gradients(model: torch.nn.Module, group: Group = None, *, plan: Plan | None = None) -> None:
     """Adds the parameters' gradients of all ranks, in place, in float32 and in rank order: every
     rank then holds the gradients of the whole pack, bit for bit the same.
 
@@ -142,12 +176,20 @@ def sum_gradients(model: torch.nn.Module, group: Group = None) -> None:
     Args:
         model: its parameters with requires_grad take part, the same on all ranks.
         group: a torch.distributed group, a `Communicator`, or None for the world.
+        plan: the step's plan, to be told when it is not for the ranks that are summed over.
+
+    Raises:
+        ValueError: the plan is for another number of ranks than the group has.
     """
     import torch
 
+    from zigzag_attention.attention import check_group
     from zigzag_attention.communicator import communicator_of
 
     communicator = communicator_of(group)
+    if plan is not None:
+        check_plan(plan)
+        check_group(communicator, plan.world_size)
     parameters = [x for x in model.parameters() if x.requires_grad]
     if communicator.size == 1 or not parameters:
         return

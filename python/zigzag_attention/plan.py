@@ -52,7 +52,10 @@ class Plan:
 
     def __init__(self, cu_seqlens: Indices, world_size: int) -> None:
         values = index_array(cu_seqlens, "cu_seqlens")
-        self._core = _core.Plan(values, integer(world_size, "world_size"))
+        world_size = integer(world_size, "world_size")
+        if len(values) > 0 and (values[0] != 0 or (np.diff(values) < 0).any()):
+            raise ValueError(_not_cumulative(values))
+        self._core = _core.Plan(values, world_size)
         self.world_size = self._core.world_size
         self.total_tokens = self._core.total_tokens
         self.num_documents = self._core.num_documents
@@ -173,6 +176,19 @@ class Plan:
             f"Plan({self.num_documents} documents, {self.total_tokens} tokens, "
             f"world_size={self.world_size})"
         )
+
+
+def _not_cumulative(values: IntArray) -> str:
+    """What is wrong with cu_seqlens, and what to do when they are lengths."""
+    if values[0] != 0:
+        wrong = f"starts at {values[0]}; it must start at 0"
+    else:
+        at = int(np.argmax(np.diff(values) < 0)) + 1
+        wrong = (
+            f"decreases from {values[at - 1]} to {values[at]} at index {at}; it must never decrease"
+        )
+    meant = "" if (values < 0).any() else " (for lengths: Plan.from_lengths(lengths, world_size))"
+    return f"cu_seqlens {wrong}, being cumulative: [0, L0, L0 + L1, ...]{meant}"
 
 
 def check_plan(plan: object) -> None:

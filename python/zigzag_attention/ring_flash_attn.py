@@ -1,5 +1,8 @@
 """The drop-in names in one module: `import zigzag_attention.ring_flash_attn as ring_flash_attn`."""
 
+from typing import TYPE_CHECKING
+
+from zigzag_attention._replaced import getattr_of
 from zigzag_attention.contiguous import (
     llama3_flash_attn_varlen_func,
     llama3_flash_attn_varlen_kvpacked_func,
@@ -37,3 +40,7 @@ __all__ = [
     "zigzag_llama3_flash_attn_varlen_kvpacked_func",
     "zigzag_llama3_flash_attn_varlen_qkvpacked_func",
 ]
+
+# Type checkers would take any name for one of a module that has __getattr__.
+if not TYPE_CHECKING:
+    __getattr__ = getattr_of(__name__, __all__)

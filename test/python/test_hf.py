@@ -127,6 +127,24 @@ def test_what_is_not_supported_raises():
         dropping(**inputs, zigzag_plan=plan)
 
 
+def test_a_plan_for_other_ranks_than_the_group_has():
+    """Every rank's loss would be the whole one, and their sum a multiple of it."""
+    _, pack = make_pack()
+    rows = torch.zeros(1, 2, sum(LENGTHS), 32)
+
+    def work(rank, communicator):
+        registration = hf.register(communicator, name=f"zigzag-plan-{rank}")
+        for size in (1, 4):
+            plan = Plan(pack.cu_seqlens, size)
+            sentence = rf"the plan is for {size} ranks and the group .* has 2; make it Plan\("
+            with pytest.raises(ValueError, match=sentence):
+                registration.inputs(pack, plan)
+            with pytest.raises(ValueError, match=sentence):
+                registration.attend(torch.nn.Module(), rows, rows, rows, None, zigzag_plan=plan)
+
+    run_threads(2, work)
+
+
 def test_sum_gradients_takes_part_without_a_gradient():
     def work(rank, communicator):
         layer = torch.nn.Linear(3, 1)

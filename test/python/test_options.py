@@ -35,7 +35,7 @@ OPTIONS = [
     ({"window": (3.0, 0)}, TypeError, r"window\[0\] is 3\.0; it must be an integer"),
     ({"window": 3}, TypeError, r"window is 3; it must be \(left, right\)"),
     ({"window": (3, 0, 0)}, TypeError, r"window is \(3, 0, 0\); it must be \(left, right\)"),
-    ({"window": (3, 5)}, ValueError, r"window is \(3, 5\), but a causal query sees no later key"),
+    ({"window": (3, -2)}, ValueError, r"window is \(3, -2\); a side must be -1"),
     ({"softmax_scale": "x"}, TypeError, "softmax_scale is 'x'; it must be a number"),
     ({"softcap": None}, TypeError, "softcap is None; it must be a number"),
     ({"causal": 2}, TypeError, "causal is 2; it must be True or False"),
@@ -85,9 +85,27 @@ def test_options_of_numpy_are_taken(inputs):
     assert (got == attention(*inputs, PLAN, window=(3, 0), softcap=2)).all()
 
 
-def test_causal_overrides_the_right_side_in_drop_ins(inputs):
-    got = drop_in(inputs, causal=True, window_size=(3, 5))
-    assert (got == attention(*inputs, PLAN, window=(3, 0))).all()
+def test_a_key_is_seen_when_causal_and_window_allow_it(inputs):
+    expected = attention(*inputs, PLAN, window=(3, 0))
+    assert (attention(*inputs, PLAN, window=(3, 5)) == expected).all()
+    assert (attention(*inputs, PLAN, window=(3, -1)) == expected).all()
+    assert (drop_in(inputs, causal=True, window_size=(3, 5)) == expected).all()
+    assert not (attention(*inputs, PLAN, causal=False, window=(3, 5)) == expected).all()
+    assert PLAN.flops(0, window=(3, 5)) == PLAN.flops(0, window=(3, 0))
+    assert PLAN.flops(0, window=(3, 5)) < PLAN.flops(0, causal=False, window=(3, 5))
+
+
+def test_ranks_may_write_one_causal_window_differently():
+    from ranks import run_threads
+
+    plan = Plan([0, 16], 2)
+
+    def work(rank, group):
+        parts = (z.shard(x, plan, rank) for x in INPUTS["numpy"])
+        return attention(*parts, plan, group, window=(3, 0 if rank else 7))
+
+    one = attention(*INPUTS["numpy"], PLAN, window=(3, 0))
+    assert (z.unshard(run_threads(2, work), plan) == one).all()
 
 
 PLANS = [
@@ -97,7 +115,14 @@ PLANS = [
     (lambda: Plan([0.0, 20.0], 2), ValueError, "float64; it must be .* int32 or int64"),
     (lambda: Plan([[0], [1, 2]], 2), ValueError, "cu_seqlens is not a sequence of integers"),
     (lambda: PLAN.local_tokens(1.0), TypeError, "rank is 1.0; it must be an integer"),
-    (lambda: PLAN.balance(window=(3, 5)), ValueError, "a causal query sees no later key"),
+    (lambda: PLAN.balance(window=(-3, 5)), ValueError, r"window is \(-3, 5\); a side must be -1"),
+    (
+        lambda: Plan([700, 324], 1),
+        ValueError,
+        r"starts at 700; it must start at 0, being cumulative: .* \(for lengths: Plan.from_lengths",
+    ),
+    (lambda: Plan([0, 324, 70], 1), ValueError, r"decreases from 324 to 70 at .*from_lengths\("),
+    (lambda: Plan([0, -4], 1), ValueError, r"decreases from 0 to -4 at .* L1, \.\.\.\]$"),
     (lambda: z.shard(np.array([None] * 16), PLAN, 0), ValueError, "holds Python objects"),
     (lambda: z.shard(np.zeros(16), [0, 16], 0), TypeError, "it must be a Plan"),
 ]

@@ -2,10 +2,13 @@
 
 import ast
 import inspect
+import pickle
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import zigzag_attention
@@ -103,6 +106,60 @@ def test_drop_ins_have_the_replaced_signature():
         assert list(parameters) == packed.split() + SIGNATURE
         assert parameters["causal"].default is False
         assert parameters["use_triton_kernel"].default is True
+
+
+REPLACED = {
+    f"{layout}flash_attn_{varlen}{packed}func": f"llama3_flash_attn_varlen_{packed}func"
+    for layout in ("ring_", "zigzag_ring_", "stripe_")
+    for varlen in ("", "varlen_")
+    for packed in ("", "kvpacked_", "qkvpacked_")
+    if varlen or layout != "zigzag_ring_"
+}
+REPLACED |= {
+    "substitute_hf_flash_attn": "hf.register",
+    "update_ring_flash_attn_params": "hf.register",
+    "zigzag_ring_flash_attn_func": "attention(q.flatten(0, 1)",
+    "zigzag_ring_flash_attn_kvpacked_func": "attention(q.flatten(0, 1)",
+    "zigzag_ring_flash_attn_qkvpacked_func": "attention(q.flatten(0, 1)",
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_names_without_a_function_say_what_does_their_job(name):
+    with pytest.raises(ImportError, match=f"ring_flash_attn has no {name};") as imported:
+        exec(f"from zigzag_attention.ring_flash_attn import {name}", {})
+    with pytest.raises(AttributeError, match=f"ring_flash_attn has no {name};") as asked:
+        getattr(ring_flash_attn, name)
+    for raised in (imported, asked):
+        assert REPLACED[name] in str(raised.value) and "\n" not in str(raised.value)
+    assert not hasattr(ring_flash_attn, name)
+
+
+def test_other_names_are_missing_as_ever():
+    with pytest.raises(ImportError, match=r"has no extract_locall; did you mean extract_local\?"):
+        exec("from zigzag_attention.ring_flash_attn import extract_locall", {})
+    with pytest.raises(AttributeError, match=r"has no frobnicate$"):
+        _ = ring_flash_attn.frobnicate
+    assert getattr(ring_flash_attn, "frobnicate", 3) == 3
+    assert not hasattr(ring_flash_attn, "__wrapped__")
+    for name in ring_flash_attn.__all__:
+        function = getattr(ring_flash_attn, name)
+        assert name in dir(ring_flash_attn) and pickle.loads(pickle.dumps(function)) is function
+    assert set(ring_flash_attn.__all__) <= {
+        name for name, _ in inspect.getmembers(ring_flash_attn, callable)
+    }
+    assert pydoc.render_doc(ring_flash_attn)
+
+
+def test_a_flattened_batch_has_the_rows_that_are_named():
+    """What the sentence for zigzag_ring_flash_attn_func promises."""
+    batch, seqlen, size = 3, 16, 2
+    x = np.arange(batch * seqlen).reshape(batch, seqlen)
+    plan = zigzag_attention.Plan.from_lengths([seqlen] * batch, size)
+    for rank in range(size):
+        chunks = np.split(x, 2 * size, axis=1)
+        local = np.concatenate([chunks[i] for i in plan.chunk_indices(rank)], axis=1)
+        assert np.array_equal(local.reshape(-1), zigzag_attention.shard(x.reshape(-1), plan, rank))
 
 
 def test_versions_agree():

@@ -3,7 +3,15 @@ import pytest
 import torch
 from ranks import run_threads
 
-from zigzag_attention import Plan, collate, position_ids, shard, shift_labels, token_mean
+from zigzag_attention import (
+    Plan,
+    collate,
+    position_ids,
+    shard,
+    shift_labels,
+    sum_gradients,
+    token_mean,
+)
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
@@ -37,6 +45,37 @@ def test_collate_lays_documents_end_to_end(kind):
         collate([kind([1, 2])], [kind([1])])
     with pytest.raises(ValueError, match="no documents"):
         collate([])
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_tokens_are_integers(kind):
+    for bad in (kind([1.0, 2.0]), kind([[1, 2]]), kind([True])):
+        with pytest.raises(ValueError, match=r"documents\[1\] has shape .* of integers"):
+            collate([kind([1]), bad])
+        with pytest.raises(ValueError, match=r"labels\[0\] has shape .* of integers"):
+            collate([kind([1] * len(bad))], [bad])
+    with pytest.raises(ValueError, match="type uint8, which cannot hold ignore_index -100"):
+        collate([kind(np.array([1, 2], dtype=np.uint8))])
+    bytes_ = collate([kind(np.array([1, 2], dtype=np.uint8))], ignore_index=255)
+    assert bytes_.labels.tolist() == [2, 255]
+
+
+def test_documents_and_labels_are_of_one_kind():
+    with pytest.raises(TypeError, match="documents and labels mix"):
+        collate([np.array([1])], [torch.tensor([1])])
+
+
+def test_a_plan_for_other_ranks_is_told_before_gradients_are_summed():
+    def work(rank, communicator):
+        layer = torch.nn.Linear(3, 1)
+        layer(torch.ones(3)).backward()
+        with pytest.raises(ValueError, match="the plan is for 1 ranks and the group has 2"):
+            sum_gradients(layer, communicator, plan=Plan([0, 8], 1))
+        sum_gradients(layer, communicator, plan=Plan([0, 8], 2))
+        return layer.weight.grad
+
+    for gradient in run_threads(2, work):
+        assert torch.equal(gradient, torch.full((1, 3), 2.0))
 
 
 def test_positions_restart_and_jump():
