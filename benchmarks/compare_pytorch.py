@@ -29,8 +29,6 @@ import subprocess
 import sys
 import time
 
-import torch
-
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 HISTOGRAM = ROOT / "test" / "data" / "document_lengths.csv"
@@ -89,6 +87,8 @@ def timed(work) -> float:
 
 def torch_seconds(case: Case) -> tuple:
     """Median seconds of a forward, and of forward and backward."""
+    import torch
+
     attention = torch.nn.functional.scaled_dot_product_attention
     batch = len(case.lengths) if len(set(case.lengths)) == 1 else 1
     lengths = case.lengths[:1] if batch > 1 else case.lengths
@@ -115,6 +115,8 @@ def torch_seconds(case: Case) -> tuple:
 
 def masked_seconds() -> float:
     """Seconds of PyTorch's forward over the whole pack of short documents in one masked call."""
+    import torch
+
     documents, length = SHORT
     tokens = documents * length
     q, k, v = (torch.randn(1, 8, tokens, 64) for _ in range(3))
@@ -237,17 +239,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build" / "default")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeat", type=int, default=3, help="repetitions of Zigzag in a round")
+    parser.add_argument(
+        "--build",
+        type=pathlib.Path,
+        default=ROOT / "build" / "default",
+        help="the build folder that holds the command [build/default]",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=2, help="threads of both PyTorch and Zigzag [%(default)s]"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds over all cases [%(default)s]")
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="repetitions of Zigzag in a round [%(default)s]"
+    )
     parser.add_argument("--no-masked", action="store_true", help="leave out the masked call")
     parser.add_argument("--out", type=pathlib.Path, help="write the figures as JSON")
-    parser.add_argument("--plot", type=pathlib.Path, help="draw the ratios")
+    parser.add_argument("--plot", type=pathlib.Path, help="draw the ratios; needs matplotlib")
     options = parser.parse_args()
     options.program = options.build / "zigzag"
     if not options.program.exists():
         parser.error(f"{options.program} is missing: build the preset 'default' first")
+    try:
+        import torch
+    except ImportError:
+        parser.error("torch is missing: pip install torch==2.13.0")
     torch.set_num_threads(options.threads)
     load = [os.getloadavg()[0]]
     measured = measure(options)

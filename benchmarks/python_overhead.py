@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import pathlib
+import platform
 import statistics
 import subprocess
 import sys
@@ -176,16 +177,37 @@ def memory(kind: str) -> dict[str, Any]:
     return result
 
 
+def processor() -> str:
+    """The processor's name as Linux gives it."""
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def commit() -> str:
+    """The commit that is checked out; marked when files differ from it."""
+    git = ["git", "-C", str(HERE.parent)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, check=False)
+    return head.stdout.strip() + (" with changes" if changed.returncode == 1 else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--program",
         type=pathlib.Path,
         default=HERE.parent / "build" / "default" / "zigzag",
-        help="the command",
+        help="the command [build/default/zigzag]",
     )
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="threads of the command and of torch [all cores]",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds over all cases [%(default)s]")
     parser.add_argument("--out", type=pathlib.Path, help="write the figures as JSON")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -198,6 +220,10 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     figures = {
+        "command": " ".join(["python_overhead.py", *sys.argv[1:]]),
+        "commit": commit(),
+        "machine": {"processor": processor(), "cores": os.cpu_count()},
+        "load_before": os.getloadavg()[0],
         "torch": torch.__version__,
         "threads": options.threads,
         "overhead": overhead(options),

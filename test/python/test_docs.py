@@ -1,5 +1,6 @@
 """The Python blocks of the pages run in order, as a reader would type them."""
 
+import os
 import re
 import subprocess
 import sys
@@ -51,3 +52,28 @@ def test_api_page_names_everything_public():
     own = {"CommunicationError", "DeviceError", "__version__"}
     missing = [x for x in zigzag_attention.__all__ if x not in own and f".{x}\n" not in text]
     assert not missing
+
+
+HELP_WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = None  # an import of it raises
+sys.argv = [sys.argv[1], "--help"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["compare_pytorch.py", "python_overhead.py"])
+def test_benchmarks_explain_their_options_without_torch(name):
+    script = ROOT / "benchmarks" / name
+    ended = subprocess.run(
+        [sys.executable, "-c", HELP_WITHOUT_TORCH, script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "300"},
+    )
+    assert ended.returncode == 0, ended.stderr
+    options = re.findall(r"^  (-.*)$", ended.stdout, flags=re.MULTILINE)
+    assert len(options) > 3
+    for option in options:
+        assert re.search(r"\S  +\S", option), f"{option} is not explained"
