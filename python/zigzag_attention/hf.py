@@ -9,6 +9,7 @@ loss.backward()        # then SUM the gradients over the ranks
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -81,8 +82,15 @@ class Registration:
         """
         import torch
 
-        self._check_size(plan)
-        rank = communicator_of(self.group).rank
+        size = self._check_size(plan)
+        if plan.world_size < size:
+            warnings.warn(
+                f"the plan is for 1 rank and torch.distributed has {size}: each of them computes "
+                f"the whole pack, and sum_gradients adds its gradient {size} times; make it "
+                f"Plan(cu_seqlens, {size}), or register(Communicator.self()) when that is meant",
+                stacklevel=2,
+            )
+        rank = communicator_of(self.group).rank if plan.world_size > 1 else 0
         ids, labels = (
             x if is_torch(x) else torch.from_numpy(x) for x in (pack.input_ids, pack.labels)
         )
@@ -98,11 +106,12 @@ class Registration:
             "zigzag_plan": plan,
         }
 
-    def _check_size(self, plan: Plan) -> None:
-        """A plan for one rank in a larger world would make every rank's loss the whole one."""
+    def _check_size(self, plan: Plan) -> int:
+        """The number of ranks that the group has and the plan is for; without a group a plan for
+        one rank is for this process alone."""
         check_plan(plan)
         size = _torch.world_size_of(self.group)
-        if plan.world_size != size:
+        if plan.world_size != size and (self.group is not None or plan.world_size > 1):
             error = ValueError(
                 f"the plan is for {plan.world_size} ranks and the group of "
                 f"attn_implementation={self.name!r} has {size}; make it Plan(cu_seqlens, {size}), "
@@ -110,6 +119,7 @@ class Registration:
             )
             tell_group(error, self.group)
             raise error
+        return size
 
     def attend(
         self,

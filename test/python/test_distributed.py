@@ -134,8 +134,15 @@ grads = [p.grad.clone() for p in model.parameters()]
 total = share.detach().clone()
 dist.all_reduce(total)
 model.zero_grad()
-alone = model(**zigzag.inputs(pack, z.Plan(pack.cu_seqlens, 1))).loss
+import warnings
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    alone = model(**zigzag.inputs(pack, z.Plan(pack.cu_seqlens, 1))).loss
+    assert any("for 1 rank and torch.distributed has 2: each" in str(x.message) for x in seen), seen
 alone.backward()
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    hf.register(z.Communicator.self(), name="alone").inputs(pack, z.Plan(pack.cu_seqlens, 1))
 assert abs(float(alone) - float(total)) < 1e-5, (float(alone), float(total))
 for mine, parameter in zip(grads, model.parameters()):
     torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-6)
