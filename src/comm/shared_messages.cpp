@@ -16,6 +16,7 @@
 #include <fmt/format.h>
 #include <sched.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "comm/liveness.h"
@@ -49,41 +50,81 @@ struct Slot {
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free &&
               std::atomic<std::uint32_t>::is_always_lock_free);
 
-struct Name {
-  char text[64] = {};
+/// Where a process finds the memory, and the number that then stands in it.
+struct Place {
+  char path[64] = {};
+  std::uint64_t mark = 0;
 };
 
-/// Memory that processes share; unmapped with its owner.
+/// What the memory begins with; the ranks' slots follow.
+struct Head {
+  std::uint64_t mark = 0;
+  Failure failure;
+};
+
+/// Memory that processes share, of a file that it takes over; unmapped and closed with its owner.
 class Mapping {
  public:
-  Mapping(const char* name, std::size_t bytes, bool create) : bytes_(bytes) {
-    const int file = shm_open(name, O_RDWR | (create ? O_CREAT | O_EXCL : 0), 0600);
+  Mapping(int file, std::size_t bytes, bool create) : file_(file), bytes_(bytes) {
     if (file < 0) return;
+    struct stat status {};
     // posix_fallocate: a file system that is full says so here and not by a signal later.
-    if (!create || posix_fallocate(file, 0, static_cast<off_t>(bytes)) == 0) {
-      void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-      if (memory != MAP_FAILED) memory_ = memory;  // NOLINT: a macro of the system's
-    }
-    close(file);
+    const bool there = create ? posix_fallocate(file, 0, static_cast<off_t>(bytes)) == 0
+                              : fstat(file, &status) == 0 && S_ISREG(status.st_mode) &&
+                                    status.st_size == static_cast<off_t>(bytes);
+    if (!there) return;
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    if (memory != MAP_FAILED) memory_ = memory;  // NOLINT: a macro of the system's
   }
   ~Mapping() {
     if (memory_ != nullptr) munmap(memory_, bytes_);
+    close_file();
   }
   Mapping(const Mapping&) = delete;
   Mapping& operator=(const Mapping&) = delete;
-  void* memory() const { return memory_; }
+  Head* head() const { return static_cast<Head*>(memory_); }
+  Slot* slots() const {
+    auto address = reinterpret_cast<std::uintptr_t>(memory_) + sizeof(Head);
+    address = (address + alignof(Slot) - 1) / alignof(Slot) * alignof(Slot);
+    return reinterpret_cast<Slot*>(address);  // NOLINT
+  }
+  /// The memory stays; nobody finds it through this process any more.
+  void close_file() {
+    if (file_ >= 0) close(std::exchange(file_, -1));
+  }
 
  private:
+  int file_;
   std::size_t bytes_;
   void* memory_ = nullptr;
 };
 
-Name make_name() {
+std::uint64_t random_mark() {
   std::random_device random;
-  Name name;
-  fmt::format_to_n(name.text, sizeof(name.text) - 1, "/zigzag-{}-{:08x}{:08x}", getpid(), random(),
-                   random());
-  return name;
+  return std::uint64_t{random()} << 32U | random();
+}
+
+/// A file of memory: with a name in /dev/shm, or without one, to be reached through this process.
+int create_file(Place& place, bool named) {
+  place.mark = random_mark();
+  const auto write = [&](std::string_view text) {
+    std::memcpy(place.path, text.data(), std::min(text.size(), sizeof(place.path) - 1));
+  };
+  if (named) {
+    write(fmt::format("/zigzag-{}-{:016x}", getpid(), place.mark));
+    return shm_open(place.path, O_RDWR | O_CREAT | O_EXCL, 0600);
+  }
+#ifdef MFD_CLOEXEC
+  const int file = memfd_create("zigzag", MFD_CLOEXEC);
+  write(fmt::format("/proc/{}/fd/{}", getpid(), file));
+  return file;
+#else
+  return -1;
+#endif
+}
+
+int open_file(const Place& place, bool named) {
+  return named ? shm_open(place.path, O_RDWR, 0600) : open(place.path, O_RDWR | O_CLOEXEC);
 }
 
 class SharedMessages final : public Transport {
@@ -177,45 +218,43 @@ class SharedMessages final : public Transport {
       together = together && all[r].machine != 0 && all[r].machine == all[0].machine;
       for (std::size_t s = 0; s < r; ++s) together = together && all[r].pid != all[s].pid;
     }
-    if (together) map(all);
+    // Memory without a name leaves nothing behind, whenever a rank dies. Where processes may not
+    // look at one another's files, a name serves.
+    if (together && (map(false) || map(true))) watch_ = PeerWatch(all, rank());
     decided_ = true;
   }
 
-  void map(std::span<const ProcessIdentity> processes) {
+  /// True on all ranks or on none: /dev/shm may be full or absent.
+  bool map(bool named) {
     Transport& transport = base_.transport();
     const std::size_t bytes =
-        sizeof(Failure) + alignof(Slot) + sizeof(Slot) * static_cast<std::size_t>(size());
-    Name name;
+        sizeof(Head) + alignof(Slot) + sizeof(Slot) * static_cast<std::size_t>(size());
+    Place place;
     // The name goes when all have mapped the memory, or when one of them could not say so.
-    const std::unique_ptr<Name, void (*)(Name*)> unlink(&name, [](Name* used) {
-      if (used->text[0] != '\0') (void)shm_unlink(used->text);
-    });
+    const std::unique_ptr<Place, void (*)(Place*)> unlink(
+        named && rank() == 0 ? &place : nullptr, [](Place* used) { shm_unlink(used->path); });
     std::unique_ptr<Mapping> mapping;
     if (rank() == 0) {
-      name = make_name();
-      mapping = std::make_unique<Mapping>(name.text, bytes, true);
-      if (mapping->memory() != nullptr) {
-        new (mapping->memory()) Failure;
-        Slot* const slots = slots_of(*mapping);
-        for (int r = 0; r < size(); ++r) new (&slots[r].arrived) std::atomic<std::uint64_t>(0);
+      mapping = std::make_unique<Mapping>(create_file(place, named), bytes, true);
+      if (mapping->head() != nullptr) {
+        new (mapping->head()) Head;
+        mapping->head()->mark = place.mark;
+        for (int r = 0; r < size(); ++r) {
+          new (&mapping->slots()[r].arrived) std::atomic<std::uint64_t>(0);
+        }
       }
     }
-    const Name given = comm::all_gather(transport, name)[0];
-    if (rank() != 0) mapping = std::make_unique<Mapping>(given.text, bytes, false);
-    // Where one rank could not map it, /dev/shm being full or absent, nobody uses it.
-    const std::uint8_t mapped = mapping->memory() != nullptr ? 1 : 0;
-    const std::vector<std::uint8_t> every = comm::all_gather(transport, mapped);
-    if (std::find(every.begin(), every.end(), 0) != every.end()) return;
+    place = comm::all_gather(transport, place)[0];
+    if (rank() != 0) mapping = std::make_unique<Mapping>(open_file(place, named), bytes, false);
+    const bool mapped = mapping->head() != nullptr && mapping->head()->mark == place.mark;
+    const std::vector<std::uint8_t> every =
+        comm::all_gather(transport, static_cast<std::uint8_t>(mapped));
+    mapping->close_file();
+    if (std::find(every.begin(), every.end(), 0) != every.end()) return false;
     mapping_ = std::move(mapping);
-    failure_ = static_cast<Failure*>(mapping_->memory());
-    slots_ = slots_of(*mapping_);
-    watch_ = PeerWatch(processes, rank());
-  }
-
-  static Slot* slots_of(const Mapping& mapping) {
-    auto address = reinterpret_cast<std::uintptr_t>(mapping.memory()) + sizeof(Failure);
-    address = (address + alignof(Slot) - 1) / alignof(Slot) * alignof(Slot);
-    return reinterpret_cast<Slot*>(address);  // NOLINT
+    failure_ = &mapping_->head()->failure;
+    slots_ = mapping_->slots();
+    return true;
   }
 
   bool arrived(int peer) const {
@@ -224,8 +263,7 @@ class SharedMessages final : public Transport {
 
   void throw_failure() const {
     if (failure_ == nullptr || failure_->state.load(std::memory_order_acquire) != 2) return;
-    throw CommunicationError(fmt::format("rank {} stopped in {}: rank {} failed: {}", rank(), kStep,
-                                         failure_->rank, failure_->reason));
+    throw_peer_failed(rank(), failure_->rank, kStep, failure_->reason);
   }
 
   /// Spins for some microseconds, then lets others run, then sleeps: peers on a GPU come within

@@ -27,6 +27,12 @@ void ThreadGroup::throw_failure(int rank, const Offer& offer, bool waited) const
   const std::string step = step_text(offer.step);
   if (failure_->missing.empty()) throw_peer_failed(rank, failure_->rank, step, failure_->reason);
   if (waited) throw_timeout(rank, failure_->missing, step, timeout_);
+  if (failure_->rank == rank) {
+    throw CommunicationError(fmt::format(
+        "rank {} cannot take part in {}: the group ended when this rank gave up waiting for {} in "
+        "{} ({})",
+        rank, step, ranks_text(failure_->missing), failure_->step, seconds_text(timeout_)));
+  }
   throw CommunicationError(fmt::format(
       "rank {} came to {} after rank {} had given up waiting for {} in {} ({})", rank, step,
       failure_->rank, ranks_text(failure_->missing), failure_->step, seconds_text(timeout_)));

@@ -42,6 +42,11 @@ void throw_timeout(int rank, std::span<const int> missing, std::string_view step
 }
 
 void throw_peer_failed(int rank, int peer, std::string_view step, std::string_view reason) {
+  if (peer == rank) {
+    throw CommunicationError(
+        fmt::format("rank {} cannot take part in {}: the group ended when this rank failed: {}",
+                    rank, step, reason));
+  }
   throw CommunicationError(
       fmt::format("rank {} stopped in {}: rank {} failed: {}", rank, step, peer, reason));
 }

@@ -34,7 +34,8 @@ class Deadline {
 [[noreturn]] void throw_timeout(int rank, std::span<const int> missing, std::string_view step,
                                 double seconds);
 
-/// Throws CommunicationError: "rank 0 stopped in STEP: rank 3 failed: REASON".
+/// Throws CommunicationError: "rank 0 stopped in STEP: rank 3 failed: REASON"; to the rank that
+/// failed itself and calls again: "rank 3 cannot take part in STEP: the group ended when ...".
 [[noreturn]] void throw_peer_failed(int rank, int peer, std::string_view step,
                                     std::string_view reason);
 

@@ -3,6 +3,7 @@
 import os
 import time
 
+import pytest
 from ranks import Processes, run_processes
 
 ROUNDS = """
@@ -85,7 +86,12 @@ try:
     group.barrier()
 except TimeoutError as error:
     assert "rank 1 waited 2 s for rank 0" in str(error), error
-    os._exit(17)
+    try:
+        group.barrier()
+    except z.CommunicationError as again:
+        assert "the group ended when this rank failed: rank 1 waited 2 s" in str(again), again
+        assert "rank 1 stopped" not in str(again), again
+        os._exit(17)
 except z.CommunicationError as error:
     assert rank == 0, error
     os._exit(17)
@@ -97,8 +103,58 @@ os._exit(17 if rank == 0 else 1)
     assert time.monotonic() - start < 60
 
 
+def names():
+    return {name for name in os.listdir("/dev/shm") if name.startswith("zigzag-")}
+
+
 def test_nothing_is_left_behind():
-    before = {name for name in os.listdir("/dev/shm") if name.startswith("zigzag-")}
+    before = names()
     run_processes(2, "z.Communicator.from_torch(dist.group.WORLD).barrier()\nos._exit(0)\n")
-    after = {name for name in os.listdir("/dev/shm") if name.startswith("zigzag-")}
-    assert after <= before
+    assert names() <= before
+
+
+KILLED_WHILE_SHARING = """
+dist.barrier()
+from zigzag_attention import _distributed
+made, original = [], _distributed._Collectives.all_gather
+def dying(self, data, out):
+    made.append(1)
+    if rank == 0 and len(made) == {number}:
+        os.kill(os.getpid(), 9)
+    original(self, data, out)
+_distributed._Collectives.all_gather = dying
+try:
+    z.Communicator.from_torch(dist.group.WORLD).barrier()
+except (RuntimeError, TimeoutError):
+    os._exit(17)
+"""
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_rank_killed_while_it_shares_memory_leaves_nothing_behind(number):
+    before = names()
+    script = KILLED_WHILE_SHARING.format(number=number)
+    ended = Processes(2, script, ZIGZAG_TIMEOUT_S="30").wait()
+    assert [end.code for end in ended] == [-9, 17], ended[1].output
+    assert names() <= before
+
+
+UNSEEN = """
+os.setuid(65534)
+from zigzag_attention import _distributed
+made, original = [], _distributed._Collectives.all_gather
+_distributed._Collectives.all_gather = lambda *x: (made.append(1), original(*x))[1]
+group = z.Communicator.from_torch(dist.group.WORLD)
+for _ in range(3):
+    group.barrier()
+# Who is there; memory without a name, in vain; memory with one. Messages then need none.
+assert len(made) == 5, made
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_processes_that_may_not_look_into_one_another_share_memory_by_name():
+    """After setuid a process hides its files from processes of its own user."""
+    before = names()
+    run_processes(3, UNSEEN + ROUNDS)
+    assert names() <= before
