@@ -9,6 +9,7 @@
 
 #include "command.h"
 #include "cuda/runtime.h"
+#include "io/atomic_file.h"
 #include "zigzag/error.h"
 #include "zigzag/plan.h"
 
@@ -38,6 +39,14 @@ void rethrow_first_cause(const std::vector<std::exception_ptr>& errors) {
     if (error && (!best || weight(error) > weight(best))) best = error;
   }
   if (best) std::rethrow_exception(best);
+}
+
+// When MPI never returns, only another thread can still end this process in good order.
+void die_with_words(const std::string& sentence) {
+  io::unlink_temporary_files();
+  say(fmt::format("zigzag: {}", sentence));
+  comm::linger_before_exit();
+  std::_Exit(kExitEnvironment);
 }
 
 std::string cuda_reason() {
@@ -128,7 +137,7 @@ Group::Group(const GroupOptions& options) : device_(options.device), comm_(optio
     comm_ = mpi ? "mpi" : "threads";
   }
   if (mpi) {
-    mpi_ = std::make_unique<comm::MpiEnvironment>();
+    mpi_ = std::make_unique<comm::MpiEnvironment>(die_with_words);
     every_rank_speaks();
     if (mpi_->size() != size_) {
       throw EnvironmentError(

@@ -152,7 +152,7 @@ class MpiTransport final : public Transport {
         finish_round(round);
       }
     } catch (...) {
-      for (Round& round : rounds_) MpiLink::release(round.batch);
+      for (Round& round : rounds_) link_.release(round.batch);
       throw;
     }
   }

@@ -5,23 +5,29 @@
 #include <csignal>
 #include <cstdlib>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include <fmt/format.h>
 #include <mpi.h>
 
+#include "comm/mpi_guard.h"
 #include "zigzag/error.h"
 
 namespace zigzag::comm {
 namespace {
 
-volatile std::sig_atomic_t g_termination_signal = 0;
+std::atomic<int> g_termination_signal{0};
+static_assert(std::atomic<int>::is_always_lock_free);
 std::atomic<bool> g_failed{false};
+// The deadline of the last group, for what is waited for without one.
+std::atomic<double> g_limit{300};
 
 extern "C" void note_termination(int signal) { g_termination_signal = signal; }
 
 }  // namespace
 
-MpiEnvironment::MpiEnvironment() {
+MpiEnvironment::MpiEnvironment(LastWords last_words) {
   int initialised = 0;
   MPI_Initialized(&initialised);
   if (initialised != 0) throw EnvironmentError("MPI is already initialised in this process");
@@ -42,12 +48,20 @@ MpiEnvironment::MpiEnvironment() {
   sigaction(SIGTERM, &action, nullptr);
   // Open MPI writes to the connection of a peer that died, which must not end this process too.
   std::signal(SIGPIPE, SIG_IGN);
+  if (last_words) guard_ = std::make_unique<MpiGuard>(std::move(last_words));
 }
 
 MpiEnvironment::~MpiEnvironment() {
   int finalised = 0;
   MPI_Finalized(&finalised);
-  if (finalised == 0 && !g_failed) MPI_Finalize();
+  if (finalised != 0 || g_failed) return;
+  // It waits for all processes of the job, of which one may have died since the last exchange.
+  std::vector<int> others;
+  for (int r = 0; r < size_; ++r) {
+    if (r != rank_) others.push_back(r);
+  }
+  const InsideMpi inside(rank_, "MPI_Finalize", others, g_limit);
+  MPI_Finalize();
 }
 
 bool started_by_mpi_launcher() {
@@ -78,6 +92,8 @@ namespace detail {
 int termination_signal() { return g_termination_signal; }
 
 void mark_mpi_failed() { g_failed = true; }
+
+void set_mpi_limit(double seconds) { g_limit = seconds; }
 
 }  // namespace detail
 

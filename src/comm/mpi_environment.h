@@ -1,8 +1,12 @@
 #pragma once
 
+#include <functional>
+#include <memory>
 #include <string>
 
 namespace zigzag::comm {
+
+class MpiGuard;
 
 /// MPI for the life of a command, on the main thread. The library itself never initialises MPI;
 /// this is for programs. Throws EnvironmentError when the library was built without MPI.
@@ -12,9 +16,13 @@ namespace zigzag::comm {
 /// mpirun ends a job when one process died, does not kill the process: a rank that waits or comes
 /// to its next exchange gets a CommunicationError instead and can say what happened. SIGPIPE, which
 /// a dead peer's connection raises, is ignored.
+///
+/// `last_words` is for calls of MPI that never return (comm/mpi_guard.h), MPI_Finalize included. It
+/// is called on another thread and should print its sentence and end the process with _exit(3).
 class MpiEnvironment {
  public:
-  MpiEnvironment();
+  using LastWords = std::function<void(const std::string&)>;
+  explicit MpiEnvironment(LastWords last_words);
   ~MpiEnvironment();
   MpiEnvironment(const MpiEnvironment&) = delete;
   MpiEnvironment& operator=(const MpiEnvironment&) = delete;
@@ -25,6 +33,7 @@ class MpiEnvironment {
  private:
   int rank_ = 0;
   int size_ = 1;
+  std::unique_ptr<MpiGuard> guard_;
 };
 
 /// True when this process was started by mpirun or srun as one of several, as far as the
@@ -45,6 +54,8 @@ namespace detail {
 int termination_signal();
 /// From here on MpiEnvironment does not finalise.
 void mark_mpi_failed();
+/// How long MPI_Finalize may take before the guard of MpiEnvironment speaks.
+void set_mpi_limit(double seconds);
 }  // namespace detail
 
 }  // namespace zigzag::comm

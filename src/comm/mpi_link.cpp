@@ -8,6 +8,7 @@
 #include <fmt/format.h>
 
 #include "comm/mpi_environment.h"
+#include "comm/mpi_guard.h"
 #include "comm/wait.h"
 #include "zigzag/error.h"
 
@@ -85,6 +86,7 @@ struct MpiLink::Pause {
 
 MpiLink::MpiLink(MPI_Comm communicator, double timeout)
     : timeout_(timeout), abort_message_(kAbortBytes, '\0') {
+  detail::set_mpi_limit(timeout);
   MPI_Comm_rank(communicator, &rank_);
   MPI_Comm_size(communicator, &size_);
   MpiBatch batch;
@@ -118,7 +120,9 @@ MpiLink::MpiLink(MPI_Comm communicator, double timeout)
 MpiLink::~MpiLink() {
   int finalised = 0;
   MPI_Finalized(&finalised);
-  if (finalised == 0 && failure_.empty() && comm_ != MPI_COMM_NULL) MPI_Comm_free(&comm_);
+  if (finalised != 0 || !failure_.empty() || comm_ == MPI_COMM_NULL) return;
+  const InsideMpi inside(rank_, "the end of the group", {}, timeout_);
+  MPI_Comm_free(&comm_);
 }
 
 void MpiLink::begin(std::string_view step) {
@@ -180,11 +184,13 @@ void MpiLink::collect(MpiBatch& batch, std::string_view step) {
 }
 
 void MpiLink::wait(MpiBatch& batch, std::string_view step) {
+  const InsideMpi inside(rank_, step, batch.peers, timeout_);
   Pause pause(timeout_);
   if (detail::termination_signal() != 0) look_around(batch, step, pause);
   while (!batch.complete()) {
     const std::size_t before = batch.done;
     collect(batch, step);
+    InsideMpi::returned();
     if (batch.complete()) break;
     if (batch.done != before) {
       pause.idle_rounds = 0;
@@ -254,11 +260,18 @@ void MpiLink::receive_abort(MpiBatch& batch, std::string_view step) {
   text.back() = '\0';
   failure_ = text.data();
   detail::mark_mpi_failed();
-  release(batch);
-  throw_peer_failed(rank_, status.MPI_SOURCE, step, text.data());
+  try {
+    throw_peer_failed(rank_, status.MPI_SOURCE, step, text.data());
+  } catch (const CommunicationError& error) {
+    sentence_ = error.what();
+    release(batch);
+    throw;
+  }
 }
 
 void MpiLink::release(MpiBatch& batch) noexcept {
+  const InsideMpi inside(rank_, "the end of an exchange", batch.peers, timeout_);
+  InsideMpi::will_say(sentence_);
   // A receive may not land in memory that the caller frees after the exception, nor a peer read
   // rows from it. Cancelled receives and messages between living ranks end at once; a message
   // with a dead rank never does, and nobody touches its memory any more.
@@ -289,8 +302,11 @@ void MpiLink::abort(std::string_view reason) noexcept {
   int finalised = 0;
   MPI_Finalized(&finalised);
   if (!failure_.empty() || finalised != 0) return;
+  const InsideMpi inside(rank_, "its word to the others that it failed", {}, timeout_);
   try {
     failure_ = reason.empty() ? "no reason given" : std::string(reason);
+    sentence_ = failure_;
+    InsideMpi::will_say(sentence_);
   } catch (...) {
     return;
   }

@@ -53,7 +53,7 @@ class MpiLink {
   /// Sends the reason to all peers. The first call counts.
   void abort(std::string_view reason) noexcept;
   /// Gives up the requests of a batch, so that none lands in memory that the caller frees.
-  static void release(MpiBatch& batch) noexcept;
+  void release(MpiBatch& batch) noexcept;
 
  private:
   struct Pause;
@@ -69,7 +69,8 @@ class MpiLink {
   int rank_ = 0;
   int size_ = 1;
   int sequence_ = 0;
-  std::string failure_;  // why nothing works any more; empty while it does
+  std::string failure_;   // why nothing works any more; empty while it does
+  std::string sentence_;  // the same as this rank says it
   PeerWatch watch_;
   std::vector<char> abort_message_;
   std::vector<int> indices_;

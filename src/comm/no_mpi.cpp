@@ -2,6 +2,7 @@
 
 #include "comm/factories.h"
 #include "comm/mpi_environment.h"
+#include "comm/mpi_guard.h"
 #include "zigzag/error.h"
 
 namespace zigzag::comm {
@@ -17,9 +18,13 @@ std::shared_ptr<Transport> make_mpi_transport(void* /*mpi_comm*/, double /*timeo
   throw CommunicationError(kHow);
 }
 
-MpiEnvironment::MpiEnvironment() { throw EnvironmentError(kHow); }
+MpiEnvironment::MpiEnvironment(LastWords /*last_words*/) { throw EnvironmentError(kHow); }
 
 MpiEnvironment::~MpiEnvironment() = default;
+
+MpiGuard::MpiGuard(std::function<void(const std::string&)> /*last_words*/) {}
+
+MpiGuard::~MpiGuard() = default;
 
 bool started_by_mpi_launcher() { return false; }
 
@@ -34,6 +39,8 @@ namespace detail {
 int termination_signal() { return 0; }
 
 void mark_mpi_failed() {}
+
+void set_mpi_limit(double /*seconds*/) {}
 
 }  // namespace detail
 

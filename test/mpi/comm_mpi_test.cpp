@@ -138,7 +138,7 @@ class QuietListener : public ::testing::EmptyTestEventListener {
 
 int main(int argc, char** argv) {
   ::testing::InitGoogleTest(&argc, argv);
-  const zigzag::comm::MpiEnvironment mpi;
+  const zigzag::comm::MpiEnvironment mpi({});
   if (mpi.rank() != 0) {
     auto& listeners = ::testing::UnitTest::GetInstance()->listeners();
     delete listeners.Release(listeners.default_result_printer());

@@ -18,10 +18,11 @@
 #include "zigzag/error.h"
 
 // failing_rank HOW WHERE: under mpirun, the last rank fails while the others exchange.
-//   HOW    kill: SIGKILL; throw: an exception between exchanges; silent: never comes again
+//   HOW    kill: SIGKILL; throw: an exception between exchanges; silent: never comes again;
+//          never: it does not fail, something else has to
 //   WHERE  gather, reduce, barrier or all_gather: where the others wait; forward or backward:
-//   inside
-//          that call, in its second gather; reduction: inside a backward, in its second reduction
+//          inside that call, in its second gather; reduction: inside a backward, in its second
+//          reduction; end: between its last exchange and MPI_Finalize
 // Every other rank prints what it got and exits as the command does: 3 for the environment.
 namespace {
 
@@ -121,18 +122,23 @@ void exchange(const Communicator& communicator, const std::string& where, const 
 }
 
 int run(const std::string& how, const std::string& where) {
-  const zigzag::comm::MpiEnvironment mpi;
+  const zigzag::comm::MpiEnvironment mpi([](const std::string& sentence) {
+    std::fprintf(stderr, "%s\n", sentence.c_str());
+    zigzag::comm::linger_before_exit();
+    std::_Exit(3);
+  });
   const Communicator communicator = Communicator::mpi();
   const ExchangeCase c{.name = "failing", .lengths = {900, 300, 5}, .heads = 16, .head_dim = 64};
   try {
     if (attends(where)) {
-      const bool last = mpi.rank() == mpi.size() - 1;
+      const bool last = how != "never" && mpi.rank() == mpi.size() - 1;
       attend(last ? Communicator(std::make_shared<FailingTransport>(communicator, how, where))
                   : communicator,
              where, c);
     }
     for (int i = 0; i < 3; ++i) exchange(communicator, where, c);
-    if (mpi.rank() == mpi.size() - 1) fail(communicator, how);
+    if (how != "never" && mpi.rank() == mpi.size() - 1) fail(communicator, how);
+    if (where == "end") return 0;
     for (int i = 0; i < 100000; ++i) exchange(communicator, where, c);
   } catch (const zigzag::EnvironmentError& error) {
     std::fprintf(stderr, "%s\n", error.what());
