@@ -1,8 +1,8 @@
 #include "zigzag/attention.h"
 
-#include <algorithm>
 #include <exception>
 #include <memory>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -11,6 +11,7 @@
 #include "backend.h"
 #include "comm/agree.h"
 #include "comm/transport.h"
+#include "lent_attention.h"
 #include "schedule_tables.h"
 #include "zigzag/error.h"
 
@@ -64,12 +65,41 @@ void or_abort(const Communicator& communicator, const Work& work) {
   }
 }
 
+/// True when the ranks are threads of this process, so that one of them can compute for all.
+bool lends(const Communicator& communicator, const Backend& backend) {
+  return communicator.size() > 1 && backend.reads_lent_rows() && communicator.transport().lends();
+}
+
+/// Lends a rank's tensors to the first rank of its process, which computes for all; the others
+/// wait. `compute` takes the CallTensors of every rank.
+template <typename Compute>
+void compute_for_all(const Communicator& communicator,
+                     std::span<TensorView CallTensors::*const> names, const CallTensors& mine,
+                     const Compute& compute) {
+  std::vector<TensorView> views;
+  for (TensorView CallTensors::*name : names) views.push_back(mine.*name);
+  const std::unique_ptr<comm::Loan> loan =
+      communicator.transport().lend(views, {.name = "gather of K and V"});
+  if (communicator.rank() == 0) {
+    // The others must know of a failure before the loan ends.
+    or_abort(communicator, [&] {
+      std::vector<CallTensors> all(static_cast<std::size_t>(communicator.size()));
+      for (std::size_t rank = 0; rank < all.size(); ++rank) {
+        const std::span<const TensorView> lent = loan->views(static_cast<int>(rank));
+        for (std::size_t i = 0; i < names.size(); ++i) all[rank].*names[i] = lent[i];
+      }
+      compute(all);
+    });
+  }
+  loan->end();
+}
+
 /// One call of forward or backward over KV-head stages: what both have in common.
 class Schedule {
  public:
-  Schedule(const TensorView& q, const TensorView& k, const TensorView& v, const Plan& plan,
-           const Communicator& communicator, const AttentionOptions& options,
-           const Problem& problem)
+  Schedule(std::unique_ptr<Backend> backend, const TensorView& q, const TensorView& k,
+           const TensorView& v, const Plan& plan, const Communicator& communicator,
+           const AttentionOptions& options, const Problem& problem)
       : q_(q),
         k_(k),
         v_(v),
@@ -77,14 +107,12 @@ class Schedule {
         transport_(communicator.transport()),
         options_(options),
         problem_(problem),
-        backend_(make_backend(q.device, problem.kernels, options.stream)),
+        backend_(std::move(backend)),
         tables_(schedule_tables(plan, communicator.rank(), options.mask)),
         table_(tables_->exchange) {
     if (alone()) return;
     stages_ = static_cast<int>(problem.kv_heads / problem.kv_heads_per_stage);
-    lent_ = backend_->reads_lent_rows() && transport_.lends();
     slots_ = backend_->overlaps() && stages_ > 1 ? 2 : 1;
-    if (lent_) return;
     for (int slot = 0; slot < slots_; ++slot) {
       gathered_.push_back({gathered_buffer(q.dtype), gathered_buffer(q.dtype)});
     }
@@ -95,9 +123,8 @@ class Schedule {
     join_exchange();
     for (int stage = 0; stage < stages_; ++stage) {
       gather_next(stage);
-      const Lent lent = borrow(stage);
       AttendArgs args;
-      fill(args, stage, lent);
+      fill(args, stage);
       args.out = q_heads(out, stage);
       args.lse = q_heads(lse, stage);
       backend_->attend(args);
@@ -109,11 +136,11 @@ class Schedule {
                 const TensorView& dq, const TensorView& dk, const TensorView& dv) {
     std::vector<Pair> partials;
     for (int slot = 0; slot < slots_ && !alone(); ++slot) {
-      partials.push_back({partial_buffer(), partial_buffer()});
+      partials.push_back({gathered_buffer(DType::kFloat32), gathered_buffer(DType::kFloat32)});
     }
-    const auto arguments = [&](int stage, const Lent& lent) {
+    const auto arguments = [&](int stage) {
       AttendBackwardArgs args;
-      fill(args, stage, lent);
+      fill(args, stage);
       args.dout = q_heads(dout, stage);
       args.out = q_heads(out, stage);
       args.lse = q_heads(lse, stage);
@@ -122,7 +149,7 @@ class Schedule {
     };
     const auto start_early = [&](int stage) {
       if (alone() || stage >= stages_) return;
-      AttendBackwardArgs args = arguments(stage, {});
+      AttendBackwardArgs args = arguments(stage);
       args.k = kv_heads(k_, stage);
       args.v = kv_heads(v_, stage);
       backend_->attend_backward_early(args);
@@ -132,14 +159,12 @@ class Schedule {
     join_exchange();
     for (int stage = 0; stage < stages_; ++stage) {
       gather_next(stage);
-      Lent lent = borrow(stage);
-      AttendBackwardArgs args = arguments(stage, lent);
+      AttendBackwardArgs args = arguments(stage);
       // A rank alone has no partials: its sums are the gradients.
       const Pair* partial = alone() ? nullptr : &partials[static_cast<std::size_t>(stage % slots_)];
       args.dk = partial == nullptr ? dk : partial->k.view;
       args.dv = partial == nullptr ? dv : partial->v.view;
       backend_->attend_backward(args);
-      lent.loan.reset();
       start_early(stage + 1);
       await_gather(stage + 1);
       if (partial == nullptr) continue;
@@ -161,12 +186,6 @@ class Schedule {
     Gathered k;
     Gathered v;
   };
-  /// K and V of a stage that are read where the ranks hold them; empty when they are gathered.
-  struct Lent {
-    std::unique_ptr<comm::Loan> loan;
-    std::vector<LentRows> k;
-    std::vector<LentRows> v;
-  };
 
   bool alone() const { return transport_.size() == 1; }
 
@@ -182,37 +201,6 @@ class Schedule {
     return result;
   }
 
-  Gathered partial_buffer() {
-    Gathered result = gathered_buffer(DType::kFloat32);
-    // A head's rows end to end: the sums that one task adds to stay in few cache sets.
-    TensorView& x = result.view;
-    if (lent_) x.strides = {x.shape[2], x.shape[0] * x.shape[2], 1};
-    return result;
-  }
-
-  /// The rows that the ranks lend for a stage, in the gathered order.
-  Lent borrow(int stage) {
-    Lent lent;
-    if (!lent_) return lent;
-    const TensorView sources[] = {kv_heads(k_, stage), kv_heads(v_, stage)};
-    lent.loan = transport_.lend(sources, table_, {"gather of K and V", stage, stages_});
-    for (const auto& [rows, tensor] : {std::pair{&lent.k, 0}, std::pair{&lent.v, 1}}) {
-      for (int rank = 0; rank < transport_.size(); ++rank) {
-        const TensorView& x = lent.loan->views(rank)[static_cast<std::size_t>(tensor)];
-        const int64_t item = item_size(x.dtype);
-        for (const Segment& s : table_.receives[static_cast<std::size_t>(rank)]) {
-          rows->push_back(
-              {s.destination_row, s.destination_row + s.rows,
-               static_cast<const std::byte*>(x.data) + s.source_row * x.strides[0] * item,
-               x.strides[0] * item, x.strides[1] * item});
-        }
-      }
-      std::sort(rows->begin(), rows->end(),
-                [](const LentRows& a, const LentRows& b) { return a.begin < b.begin; });
-    }
-    return lent;
-  }
-
   TensorView kv_heads(const TensorView& x, int stage) const {
     if (alone()) return x;
     return x.slice(1, stage * problem_.kv_heads_per_stage, problem_.kv_heads_per_stage);
@@ -226,7 +214,7 @@ class Schedule {
 
   /// Starts the gather of a stage once attention has left its slot.
   void gather(int stage) {
-    if (alone() || lent_ || stage >= stages_) return;
+    if (alone() || stage >= stages_) return;
     backend_->order(backend_->compute_queue(), backend_->exchange_queue());
     const Pair& slot = gathered_[static_cast<std::size_t>(stage % slots_)];
     const TensorView sources[] = {kv_heads(k_, stage), kv_heads(v_, stage)};
@@ -253,19 +241,15 @@ class Schedule {
     join_exchange();
   }
 
-  void fill(AttendArgs& args, int stage, const Lent& lent) const {
+  void fill(AttendArgs& args, int stage) const {
     args.q = q_heads(q_, stage);
     if (alone()) {
       args.k = k_;
       args.v = v_;
-    } else if (lent_) {
-      args.k = args.v = TensorView::contiguous(nullptr, q_.dtype, gathered_shape(), q_.device);
     } else {
       args.k = gathered_[static_cast<std::size_t>(stage % slots_)].k.view;
       args.v = gathered_[static_cast<std::size_t>(stage % slots_)].v.view;
     }
-    args.lent_k = lent.k;
-    args.lent_v = lent.v;
     args.plan = &plan_;
     args.rank = transport_.rank();
     args.items = tables_->items;
@@ -287,7 +271,6 @@ class Schedule {
   const comm::ExchangeTable& table_;
   int stages_ = 1;
   int slots_ = 1;
-  bool lent_ = false;  // K and V are read where the ranks of this process hold them
   std::vector<Pair> gathered_;
 };
 
@@ -311,8 +294,19 @@ void forward(const TensorView& q, const TensorView& k, const TensorView& v, cons
   const Problem problem = agree_on(comm::Direction::kForward, q, plan, communicator, options, [&] {
     return check_forward(q, k, v, plan, communicator, options, out, lse);
   });
-  or_abort(communicator,
-           [&] { Schedule(q, k, v, plan, communicator, options, problem).forward(out, lse); });
+  or_abort(communicator, [&] {
+    std::unique_ptr<Backend> backend = make_backend(q.device, problem.kernels, options.stream);
+    if (!lends(communicator, *backend)) {
+      Schedule(std::move(backend), q, k, v, plan, communicator, options, problem).forward(out, lse);
+      return;
+    }
+    constexpr TensorView CallTensors::*kNames[] = {
+        &CallTensors::q, &CallTensors::k, &CallTensors::v, &CallTensors::out, &CallTensors::lse};
+    compute_for_all(communicator, kNames, {q, k, v, out, lse, {}, {}, {}, {}},
+                    [&](std::span<const CallTensors> ranks) {
+                      forward_for_all(ranks, plan, options, problem, *backend);
+                    });
+  });
 }
 
 void backward(const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
@@ -323,7 +317,20 @@ void backward(const TensorView& dout, const TensorView& q, const TensorView& k, 
     return check_backward(dout, q, k, v, out, lse, plan, communicator, options, dq, dk, dv);
   });
   or_abort(communicator, [&] {
-    Schedule(q, k, v, plan, communicator, options, problem).backward(dout, out, lse, dq, dk, dv);
+    std::unique_ptr<Backend> backend = make_backend(q.device, problem.kernels, options.stream);
+    if (!lends(communicator, *backend)) {
+      Schedule(std::move(backend), q, k, v, plan, communicator, options, problem)
+          .backward(dout, out, lse, dq, dk, dv);
+      return;
+    }
+    constexpr TensorView CallTensors::*kNames[] = {
+        &CallTensors::q,   &CallTensors::k,   &CallTensors::v,
+        &CallTensors::out, &CallTensors::lse, &CallTensors::dout,
+        &CallTensors::dq,  &CallTensors::dk,  &CallTensors::dv};
+    compute_for_all(communicator, kNames, {q, k, v, out, lse, dout, dq, dk, dv},
+                    [&](std::span<const CallTensors> ranks) {
+                      backward_for_all(ranks, plan, options, problem, *backend);
+                    });
   });
 }
 

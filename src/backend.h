@@ -68,7 +68,8 @@ class Backend {
   virtual ~Backend() = default;
   /// True when exchange and attention can run at the same time, so that prefetching pays.
   virtual bool overlaps() const = 0;
-  /// True when attend and attend_backward read rows where peers hold them (lent_k, lent_v).
+  /// True when attention reads rows where peers hold them (lent_k, lent_v), for all of them at
+  /// once.
   virtual bool reads_lent_rows() const { return false; }
   /// The queue that attention runs on, in order with the caller's work.
   virtual Queue compute_queue() = 0;
@@ -80,6 +81,13 @@ class Backend {
   virtual Buffer allocate(std::int64_t bytes) = 0;
   virtual void attend(const AttendArgs& args) = 0;
   virtual void attend_backward(const AttendBackwardArgs& args) = 0;
+  /// The same for several ranks, with the same bits.
+  virtual void attend_for_all(std::span<const AttendArgs> ranks) {
+    for (const AttendArgs& args : ranks) attend(args);
+  }
+  virtual void attend_backward_for_all(std::span<const AttendBackwardArgs> ranks) {
+    for (const AttendBackwardArgs& args : ranks) attend_backward(args);
+  }
   /// Called before attend_backward of a stage, while its gather may still be under way, with the
   /// same arguments except that k and v are this rank's own rows [local_tokens, kv_heads, head_dim]
   /// and dk and dv are not set. A backend may give the part of the work here that needs no more;

@@ -49,27 +49,13 @@ void check_gather(std::span<const TensorView> sources, std::span<const TensorVie
   }
 }
 
-void check_loan(std::span<const TensorView> sources, const ExchangeTable& table, int rank,
-                int size) {
-  check_table(sources.size(), sources.size(), table, rank, size);
-  for (const TensorView& source : sources) {
-    check_rows(source, table.local_tokens, "a tensor that is lent", rank);
-  }
-}
-
-bool is_head_major(const TensorView& x) {
-  return x.shape.size() == 3 && x.strides[2] == 1 && x.strides[0] == x.shape[2] &&
-         x.strides[1] == x.shape[0] * x.shape[2];
-}
-
 void check_reduce(std::span<const TensorView> partials, std::span<const TensorView> destinations,
-                  const ExchangeTable& table, int rank, int size, bool head_major) {
+                  const ExchangeTable& table, int rank, int size) {
   check_table(partials.size(), destinations.size(), table, rank, size);
   for (std::size_t i = 0; i < partials.size(); ++i) {
     check_rows(partials[i], table.gathered_tokens, "a partial of a reduction", rank);
     check_rows(destinations[i], table.local_tokens, "a destination of a reduction", rank);
-    const bool dense = partials[i].is_contiguous() || (head_major && is_head_major(partials[i]));
-    if (partials[i].dtype != DType::kFloat32 || !dense) {
+    if (partials[i].dtype != DType::kFloat32 || !partials[i].is_contiguous()) {
       throw InvalidArgument(
           fmt::format("rank {}: a partial of a reduction is {} {}; it must be float32 without gaps",
                       rank, dtype_name(partials[i].dtype), shape_text(partials[i].shape)));

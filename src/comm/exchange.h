@@ -14,17 +14,10 @@ namespace zigzag::comm {
 void check_gather(std::span<const TensorView> sources, std::span<const TensorView> destinations,
                   const ExchangeTable& table, int rank, int size);
 
-/// The same for a loan, which has no destinations.
-void check_loan(std::span<const TensorView> sources, const ExchangeTable& table, int rank,
-                int size);
-
-/// The same for a reduction: float32 partials of gathered_tokens rows without gaps, or head-major
-/// where `head_major` allows it, and destinations of local_tokens rows of as many elements.
+/// The same for a reduction: float32 partials of gathered_tokens rows without gaps and
+/// destinations of local_tokens rows of as many elements.
 void check_reduce(std::span<const TensorView> partials, std::span<const TensorView> destinations,
-                  const ExchangeTable& table, int rank, int size, bool head_major = false);
-
-/// True for [tokens, heads, head_dim] whose heads stand one after another, each without gaps.
-bool is_head_major(const TensorView& x);
+                  const ExchangeTable& table, int rank, int size);
 
 /// The views as rows. Throws InvalidArgument for device memory.
 std::vector<RowView> row_views(std::span<const TensorView> views);

@@ -83,16 +83,29 @@ void ThreadGroup::meet(int rank, const Offer& offer) {
   if (meetings_ == meeting) throw_failure(rank, offer, true);
 }
 
-void ThreadGroup::part() noexcept {
+// Says whether the group was well when the last one came. It holds until this rank has come to the
+// next meeting.
+bool ThreadGroup::part_together() noexcept {
   std::unique_lock lock(mutex_);
   const std::uint64_t parting = partings_;
   if (--readers_ == 0) {
     ++partings_;
+    parted_well_ = !failure_.has_value();
+    const bool well = parted_well_;
     lock.unlock();
     parted_.notify_all();
-    return;
+    return well;
   }
   parted_.wait(lock, [&] { return partings_ != parting; });
+  return parted_well_;
+}
+
+void ThreadGroup::part() noexcept { part_together(); }
+
+void ThreadGroup::part_or_throw(int rank) {
+  if (part_together()) return;
+  const std::scoped_lock lock(mutex_);
+  throw_failure(rank, offers_[static_cast<std::size_t>(rank)], false);
 }
 
 void ThreadGroup::fail(int rank, std::string_view reason) noexcept {

@@ -42,6 +42,8 @@ class ThreadGroup {
   /// Waits until all ranks have read what they came for. Never throws, so that memory on offer is
   /// not freed under a reader: readers only copy or compute, which ends.
   void part() noexcept;
+  /// The same, but throws CommunicationError when the group had failed before all came.
+  void part_or_throw(int rank);
   /// Ends the group: all waits throw with this reason.
   void fail(int rank, std::string_view reason) noexcept;
   /// The rank's thread is done with the group; whoever still waits for it fails.
@@ -55,6 +57,7 @@ class ThreadGroup {
     std::string step;
   };
 
+  bool part_together() noexcept;
   std::vector<int> missing() const;
   [[noreturn]] void throw_failure(int rank, const Offer& offer, bool waited) const;
   void check_left(const Offer& offer);
@@ -70,6 +73,7 @@ class ThreadGroup {
   std::uint64_t partings_ = 0;
   int arrived_ = 0;
   int readers_ = 0;
+  bool parted_well_ = true;  // the last time
   std::optional<Failure> failure_;
 };
 

@@ -9,10 +9,14 @@
 #include "comm/factories.h"
 #include "comm/sum.h"
 #include "comm/thread_group.h"
+#include "cpu/parallel.h"
 #include "zigzag/error.h"
 
 namespace zigzag::comm {
 namespace {
+
+// Rows of a reduction that one task sums.
+constexpr std::int64_t kReduceRows = 256;
 
 // One rank of a group of threads: peers' rows are read straight from their memory, in one copy.
 class ThreadsTransport final : public Transport {
@@ -68,31 +72,27 @@ class ThreadsTransport final : public Transport {
 
   bool lends() const override { return true; }
 
-  std::unique_ptr<Loan> lend(std::span<const TensorView> sources, const ExchangeTable& table,
-                             const Step& step) override {
-    check_loan(sources, table, rank_, size());
-    row_views(sources);  // refuses what peers could not read, before they come
-    return std::make_unique<ThreadsLoan>(*this, sources, step);
+  std::unique_ptr<Loan> lend(std::span<const TensorView> tensors, const Step& step) override {
+    return std::make_unique<ThreadsLoan>(*this, tensors, step);
   }
 
   void reduce(std::span<const TensorView> partials, std::span<const TensorView> destinations,
               const ExchangeTable& table, const Step& step, Queue /*queue*/) override {
-    check_reduce(partials, destinations, table, rank_, size(), true);
+    check_reduce(partials, destinations, table, rank_, size());
     row_views(partials);
     row_views(destinations);
     const Meeting meeting(
         *this, {.kind = Offer::Kind::kReduce, .step = step, .bytes = {}, .views = partials});
     for (std::size_t t = 0; t < destinations.size(); ++t) {
-      // Partials of one row are both: all ranks' together say which it is.
-      bool contiguous = true;
-      for (int r = 0; r < size(); ++r) contiguous &= group_->offer(r).views[t].is_contiguous();
-      if (contiguous) {
-        sum(destinations[t], t, table, 0);
-        continue;
+      std::vector<Contribution> contributions(static_cast<std::size_t>(size()));
+      for (int r = 0; r < size(); ++r) {
+        const auto peer = static_cast<std::size_t>(r);
+        contributions[peer] = {table.sends[peer], group_->offer(r).views[t].as<const float>()};
       }
-      for (std::int64_t head = 0; head < destinations[t].shape[1]; ++head) {
-        sum(destinations[t].slice(1, head, 1), t, table, head);
-      }
+      cpu::parallel_ranges(table.local_tokens, kReduceRows,
+                           [&](std::int64_t begin, std::int64_t end) {
+                             sum_rows(destinations[t], begin, end, contributions);
+                           });
     }
   }
 
@@ -100,8 +100,9 @@ class ThreadsTransport final : public Transport {
   // Between construction and destruction the peers' offers can be read.
   class Meeting {
    public:
-    Meeting(const ThreadsTransport& transport, const Offer& offer) : group_(*transport.group_) {
-      group_.meet(transport.rank_, offer);
+    Meeting(const ThreadsTransport& transport, const Offer& offer)
+        : group_(*transport.group_), rank_(transport.rank_) {
+      group_.meet(rank_, offer);
       try {
         transport.check_offers(offer);
       } catch (...) {
@@ -109,42 +110,40 @@ class ThreadsTransport final : public Transport {
         throw;
       }
     }
-    ~Meeting() { group_.part(); }
+    ~Meeting() {
+      if (!parted_) group_.part();
+    }
+    void part_or_throw() {
+      parted_ = true;
+      group_.part_or_throw(rank_);
+    }
     Meeting(const Meeting&) = delete;
     Meeting& operator=(const Meeting&) = delete;
 
    private:
     ThreadGroup& group_;
+    const int rank_;
+    bool parted_ = false;
   };
 
   class ThreadsLoan final : public Loan {
    public:
-    ThreadsLoan(const ThreadsTransport& transport, std::span<const TensorView> sources,
+    ThreadsLoan(const ThreadsTransport& transport, std::span<const TensorView> tensors,
                 const Step& step)
-        : group_(*transport.group_),
-          sources_(sources.begin(), sources.end()),
+        : transport_(transport),
+          tensors_(tensors.begin(), tensors.end()),
           meeting_(transport,
-                   {.kind = Offer::Kind::kLoan, .step = step, .bytes = {}, .views = sources_}) {}
-    std::span<const TensorView> views(int rank) const override { return group_.offer(rank).views; }
+                   {.kind = Offer::Kind::kLoan, .step = step, .bytes = {}, .views = tensors_}) {}
+    std::span<const TensorView> views(int rank) const override {
+      return transport_.group_->offer(rank).views;
+    }
+    void end() override { meeting_.part_or_throw(); }
 
    private:
-    ThreadGroup& group_;
-    const std::vector<TensorView> sources_;  // peers look at them until the meeting ends
-    const Meeting meeting_;
+    const ThreadsTransport& transport_;
+    const std::vector<TensorView> tensors_;  // peers look at them until the meeting ends
+    Meeting meeting_;
   };
-
-  // Sums the ranks' partials number `tensor`, from `head` on where they are head-major.
-  void sum(const TensorView& destination, std::size_t tensor, const ExchangeTable& table,
-           std::int64_t head) const {
-    std::vector<Contribution> contributions(static_cast<std::size_t>(size()));
-    for (int r = 0; r < size(); ++r) {
-      const TensorView& partial = group_->offer(r).views[tensor];
-      const auto peer = static_cast<std::size_t>(r);
-      contributions[peer] = {table.sends[peer],
-                             partial.as<const float>() + head * partial.strides[1]};
-    }
-    sum_rows(destination, 0, table.local_tokens, contributions);
-  }
 
   // Every rank compares all offers with rank 0's, so that all throw or none.
   void check_offers(const Offer& mine) const {

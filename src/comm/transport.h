@@ -38,13 +38,17 @@ struct Step {
   int stages = 1;
 };
 
-/// Rows that ranks of one process let each other read where they are, until the loan is destroyed,
-/// which waits until every rank has destroyed its own: nobody's rows change under a reader.
+/// Tensors that ranks of one process let each other read and write, until every rank has ended its
+/// loan: nobody's memory changes or goes away under a peer.
 class Loan {
  public:
+  /// Ends the loan, if end() has not, and tells nobody of a failure.
   virtual ~Loan() = default;
   /// What a rank has lent.
   virtual std::span<const TensorView> views(int rank) const = 0;
+  /// Waits until all ranks have come to the end. Throws CommunicationError on the others when one
+  /// of them aborted before.
+  virtual void end() = 0;
 };
 
 /// How ranks exchange rows. One implementation a file of src/comm. All calls are collective.
@@ -72,13 +76,12 @@ class Transport {
   virtual void gather(std::span<const TensorView> sources, std::span<const TensorView> destinations,
                       const ExchangeTable& table, const Step& step, Queue queue) = 0;
 
-  /// True when ranks share memory on the host, so that lend() can stand for gather(). Partials of
-  /// a reduction may then be head-major too: strides {head_dim, gathered_tokens x head_dim, 1}.
+  /// True when ranks share memory on the host, so that one of them can compute for all.
   virtual bool lends() const { return false; }
-  /// Lends sources[i] [local_tokens, heads, head_dim] to all ranks and returns what they lend.
-  /// Between this and the end of the loan no other exchange is made. Null unless lends().
-  virtual std::unique_ptr<Loan> lend(std::span<const TensorView> /*sources*/,
-                                     const ExchangeTable& /*table*/, const Step& /*step*/) {
+  /// Lends tensors, as many, of the same types and row sizes on every rank. Until the end of the
+  /// loan no other exchange is made. Null unless lends().
+  virtual std::unique_ptr<Loan> lend(std::span<const TensorView> /*tensors*/,
+                                     const Step& /*step*/) {
     return nullptr;
   }
 

@@ -87,7 +87,7 @@ class Engine {
 namespace zigzag::cpu {
 
 const KernelSet* amx_kernels() {
-  static constexpr KernelSet kSet = {amx::kBf16PanelLanes,  8 * amx::kBf16PanelLanes,
+  static constexpr KernelSet kSet = {amx::kBf16PanelLanes,  16 * amx::kBf16PanelLanes,
                                      &amx::forward_scratch, &amx::backward_scratch,
                                      &amx::forward_group,   &amx::backward_group};
   return &kSet;

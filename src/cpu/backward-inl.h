@@ -236,25 +236,29 @@ inline HWY_ATTR bool start_backward(const Problem& problem, const RowGroup& grou
   return finite;
 }
 
-/// Adds a task's dK and dV of one block to the unit's.
-inline void add_gradients(const Problem& problem, const RowGroup& group, const KeyBlock& block,
-                          const BlockRange& range, const GradientSums& sums,
-                          const BackwardScratch& scratch) {
-  const WorkItem& item = *group.item;
-  const auto scale = static_cast<float>(problem.args->scale);
-  for (std::int64_t key = range.begin; key < range.end; ++key) {
-    const std::int64_t row = block.begin + key - item.k_position;
-    if (row < 0 || row >= item.k_count) continue;
-    const std::int64_t at = item.k_begin + row - sums.first_row;
-    float* dk = sums.dk + at * sums.stride_k;
-    float* dv = sums.dv + at * sums.stride_v;
-    const float* dk_task = scratch.dk + key * scratch.stride;
-    const float* dv_task = scratch.dv + key * scratch.stride;
-    for (std::int64_t c = 0; c < problem.head_dim; ++c) {
-      dk[c] += dk_task[c] * scale;
-      dv[c] += dv_task[c];
-    }
+/// to = (fresh ? 0 : to) + from * scale.
+inline HWY_ATTR void add_row(const float* from, float scale, bool fresh, std::int64_t count,
+                             float* to) {
+  const Floats d;
+  const FloatVec factor = hn::Set(d, scale);
+  std::int64_t c = 0;
+  for (; c + kVectorLanes <= count; c += kVectorLanes) {
+    const FloatVec old = fresh ? hn::Zero(d) : hn::LoadU(d, to + c);
+    hn::StoreU(hn::Add(old, hn::Mul(hn::Load(d, from + c), factor)), d, to + c);
   }
+  for (; c < count; ++c) to[c] = (fresh ? 0.0f : to[c]) + from[c] * scale;
+}
+
+/// Adds a task's dK and dV of one block to the unit's.
+inline HWY_ATTR void add_gradients(const Problem& problem, const RowGroup& group,
+                                   const KeyBlock& block, const GradientSums& sums,
+                                   const BackwardScratch& scratch) {
+  const auto scale = static_cast<float>(problem.args->scale);
+  for_each_sum(group, block, sums,
+               [&](std::int64_t key, float* dk, float* dv, bool fresh) HWY_ATTR {
+                 add_row(scratch.dk + key * scratch.stride, scale, fresh, problem.head_dim, dk);
+                 add_row(scratch.dv + key * scratch.stride, 1.0f, fresh, problem.head_dim, dv);
+               });
 }
 
 inline HWY_ATTR void backward_group(const Problem& problem, const BackwardTask& task,
@@ -301,7 +305,7 @@ inline HWY_ATTR void backward_group(const Problem& problem, const BackwardTask& 
       }
     });
     task.turns->wait(task.index, block);
-    add_gradients(problem, group, block, all, task.sums, scratch);
+    add_gradients(problem, group, block, task.sums, scratch);
     task.turns->done(task.index, block.end());
   }
   const auto scale = static_cast<float>(args.scale);

@@ -243,28 +243,21 @@ inline bool start_backward(const Problem& problem, const RowGroup& group, const 
 
 /// Adds a task's dK and dV of one block to the unit's.
 inline void add_gradients(const Problem& problem, const RowGroup& group, const KeyBlock& block,
-                          const BlockRange& range, const GradientSums& sums,
-                          const Bf16BackwardScratch& scratch) {
-  const WorkItem& item = *group.item;
-  const auto scale = static_cast<float>(problem.args->scale);
-  for (std::int64_t key = range.begin; key < range.end; ++key) {
-    const std::int64_t row = block.begin + key - item.k_position;
-    if (row < 0 || row >= item.k_count) continue;
-    const std::int64_t at = item.k_begin + row - sums.first_row;
-    float* dk = sums.dk + at * sums.stride_k;
-    float* dv = sums.dv + at * sums.stride_v;
+                          const GradientSums& sums, const Bf16BackwardScratch& scratch) {
+  const __m512 scale = _mm512_set1_ps(static_cast<float>(problem.args->scale));
+  for_each_sum(group, block, sums, [&](std::int64_t key, float* dk, float* dv, bool fresh) {
     for (std::int64_t c = 0; c < problem.head_dim; c += 16) {
       const std::int64_t left = std::min<std::int64_t>(problem.head_dim - c, 16);
       const auto part = static_cast<__mmask16>((1U << left) - 1);
+      const auto old = static_cast<__mmask16>(fresh ? 0 : part);
       const std::int64_t from = c * kBlockKeys + key * 16;
-      const __m512 old_dk = _mm512_maskz_loadu_ps(part, dk + c);
-      const __m512 old_dv = _mm512_maskz_loadu_ps(part, dv + c);
-      _mm512_mask_storeu_ps(
-          dk + c, part,
-          _mm512_fmadd_ps(_mm512_load_ps(scratch.dk + from), _mm512_set1_ps(scale), old_dk));
+      const __m512 old_dk = _mm512_maskz_loadu_ps(old, dk + c);
+      const __m512 old_dv = _mm512_maskz_loadu_ps(old, dv + c);
+      _mm512_mask_storeu_ps(dk + c, part,
+                            _mm512_fmadd_ps(_mm512_load_ps(scratch.dk + from), scale, old_dk));
       _mm512_mask_storeu_ps(dv + c, part, _mm512_add_ps(_mm512_load_ps(scratch.dv + from), old_dv));
     }
-  }
+  });
 }
 
 inline void backward_group(const Problem& problem, const BackwardTask& task, std::byte* memory) {
@@ -303,7 +296,7 @@ inline void backward_group(const Problem& problem, const BackwardTask& task, std
       backward_block(problem, group, panel, block, range, finite_k && finite_rows, scratch);
     });
     task.turns->wait(task.index, block);
-    add_gradients(problem, group, block, all, task.sums, scratch);
+    add_gradients(problem, group, block, task.sums, scratch);
     task.turns->done(task.index, block.end());
   }
   alignas(64) float scale[kBf16PanelLanes];

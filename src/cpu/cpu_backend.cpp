@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
+#include <type_traits>
 #include <unordered_map>
 
 #include "cpu/kernel.h"
@@ -48,10 +48,11 @@ Problem make_problem(const AttendArgs& args) {
 
 // Lanes of a forward task: many, so that each block of keys is loaded for many rows, but at least
 // several tasks a thread. The results do not depend on it.
-std::int64_t forward_lanes(const Problem& problem, const KernelSet& kernels) {
+std::int64_t forward_lanes(std::span<const AttendArgs> ranks, const KernelSet& kernels) {
   std::int64_t lanes = 0;
-  for (const WorkItem& item : problem.args->items) lanes += item.q_count * problem.group;
-  lanes *= problem.args->k.shape[1];
+  for (const AttendArgs& args : ranks) {
+    for (const WorkItem& item : args.items) lanes += item.q_count * args.q.shape[1];
+  }
   constexpr std::int64_t kTasksPerThread = 4;
   constexpr std::int64_t kMostPanels = 16;
   const std::int64_t threads = num_threads();
@@ -60,32 +61,24 @@ std::int64_t forward_lanes(const Problem& problem, const KernelSet& kernels) {
   return kernels.panel_lanes * std::clamp<std::int64_t>(panels, 2, kMostPanels);
 }
 
-struct Rows {
-  std::int64_t begin = std::numeric_limits<std::int64_t>::max();
-  std::int64_t end = 0;
-};
-
 // The gathered rows of each document that has work.
-std::unordered_map<std::int64_t, Rows> document_rows(const AttendArgs& args) {
-  std::unordered_map<std::int64_t, Rows> documents;
+std::unordered_map<std::int64_t, RowRange> document_rows(const AttendArgs& args) {
+  std::unordered_map<std::int64_t, RowRange> documents;
   for (const WorkItem& item : args.items) {
-    Rows& rows = documents[item.document];
-    rows.begin = std::min(rows.begin, item.k_begin);
-    rows.end = std::max(rows.end, item.k_begin + item.k_count);
+    const auto [entry, is_new] =
+        documents.try_emplace(item.document, RowRange{item.k_begin, item.k_begin + item.k_count});
+    if (is_new) continue;
+    entry->second.begin = std::min(entry->second.begin, item.k_begin);
+    entry->second.end = std::max(entry->second.end, item.k_begin + item.k_count);
   }
   return documents;
 }
 
-void set_zero(const TensorView& x) {
+void set_zero(const TensorView& x, const RowRange& rows) {
   const std::int64_t bytes = x.shape[2] * item_size(x.dtype);
-  const bool head_major = x.strides[0] == x.shape[2];
-  parallel_ranges(x.shape[0], 256, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t head = 0; head_major && head < x.shape[1]; ++head) {
-      std::byte* at = row_pointer(x, begin, head);
-      std::fill(at, at + (end - begin) * bytes, std::byte{0});
-    }
-    for (std::int64_t row = begin; !head_major && row < end; ++row) {
-      for (std::int64_t head = 0; head < x.shape[1]; ++head) {
+  parallel_ranges(rows.end - rows.begin, 256, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t head = 0; head < x.shape[1]; ++head) {
+      for (std::int64_t row = rows.begin + begin; row < rows.begin + end; ++row) {
         std::byte* at = row_pointer(x, row, head);
         std::fill(at, at + bytes, std::byte{0});
       }
@@ -93,8 +86,41 @@ void set_zero(const TensorView& x) {
   });
 }
 
+// The tasks of some ranks' calls, heaviest first, and what they point to.
+struct Tasks {
+  template <typename Args>
+  Tasks(std::span<const Args> ranks, std::int64_t lanes, std::int64_t panel_lanes) {
+    problems.reserve(ranks.size());
+    items.reserve(ranks.size());
+    std::int64_t first_unit = 0;
+    for (const Args& args : ranks) {
+      const Problem& problem = problems.emplace_back(make_problem(args));
+      items.push_back(join_items(args.items));
+      std::vector<RowGroup> more = row_groups(problem, items.back(), lanes, panel_lanes);
+      for (RowGroup& group : more) group.unit += first_unit;
+      first_unit += args.plan->num_documents() * args.k.shape[1];
+      if constexpr (std::is_same_v<Args, AttendBackwardArgs>) {
+        problems.back().backward = &args;
+        untouched.push_back(rows_without_tasks(more, args.dk.shape[0]));
+        for (const RowRange& rows : untouched.back()) {
+          set_zero(args.dk, rows);
+          set_zero(args.dv, rows);
+        }
+      }
+      groups.insert(groups.end(), more.begin(), more.end());
+    }
+    // Stable: the order of a rank's own tasks, which is that of its sums, stays.
+    std::stable_sort(groups.begin(), groups.end(),
+                     [](const RowGroup& a, const RowGroup& b) { return a.cost > b.cost; });
+  }
+  std::vector<Problem> problems;
+  std::vector<std::vector<TaskRows>> items;
+  std::vector<RowGroup> groups;
+  std::vector<std::vector<RowRange>> untouched;  // backward: gathered rows without tasks, set to 0
+};
+
 // Runs tasks that add to `sums[unit]`; `groups` are in the order of their additions.
-void run_backward(const Problem& problem, const KernelSet& kernels, std::vector<RowGroup>& groups,
+void run_backward(const KernelSet& kernels, std::vector<RowGroup>& groups,
                   const std::unordered_map<std::int64_t, GradientSums>& sums) {
   std::unordered_map<std::int64_t, std::int64_t> last;
   for (std::int64_t i = 0; i < std::ssize(groups); ++i) {
@@ -110,28 +136,47 @@ void run_backward(const Problem& problem, const KernelSet& kernels, std::vector<
       std::int64_t task;
       ~Release() { turns.done(task, std::numeric_limits<std::int64_t>::max()); }
     } release{turns, i};
-    std::byte* scratch =
-        thread_scratch(kernels.backward_scratch(problem.head_dim, groups[i].width));
-    const BackwardTask task{&groups[i], i, sums.at(groups[i].unit), &turns};
-    kernels.backward(problem, task, scratch);
+    const RowGroup& group = groups[i];
+    const std::int64_t head_dim = group.problem->head_dim;
+    std::byte* scratch = thread_scratch(kernels.backward_scratch(head_dim, group.width));
+    const BackwardTask task{&group, i, sums.at(group.unit), &turns};
+    kernels.backward(*group.problem, task, scratch);
   });
 }
 
-void round_rows(Target target, const float* from, std::int64_t rows, std::int64_t first_row,
-                std::int64_t head, const TensorView& to) {
-  for (std::int64_t row = 0; row < rows; ++row) {
-    round_row(target, to.dtype, from + row * to.shape[2], to.shape[2],
-              row_pointer(to, first_row + row, head));
+// Rounds a unit's sums of dK or dV, of `rows`, once.
+void round_rows(const float* from, const RowRange& rows, std::int64_t head, const TensorView& to) {
+  RowSums sums;
+  sums.terms = {&from, 1};
+  sums.term_stride = to.shape[2];
+  sums.rows = rows.end - rows.begin;
+  sums.columns = to.shape[2];
+  sums.dtype = to.dtype;
+  sums.to = row_pointer(to, rows.begin, head);
+  sums.to_stride = to.strides[0] * item_size(to.dtype);
+  sum_rows(selected_target(), sums);
+}
+
+// Clears the rows of a unit's sums that no task stores to.
+void set_zero(const GradientSums& sum, const RowRange& unit_rows,
+              const std::vector<RowRange>& rows_without_tasks) {
+  for (const RowRange& rows : rows_without_tasks) {
+    const std::int64_t begin = std::max(rows.begin, unit_rows.begin) - sum.first_row;
+    const std::int64_t end = std::min(rows.end, unit_rows.end) - sum.first_row;
+    if (begin >= end) continue;
+    std::fill(sum.dk + begin * sum.stride_k, sum.dk + end * sum.stride_k, 0.0f);
+    std::fill(sum.dv + begin * sum.stride_v, sum.dv + end * sum.stride_v, 0.0f);
   }
 }
 
 // Gradients in a 16-bit type: sums of a few documents and heads at a time, rounded once.
 void backward_rounded(const Problem& problem, const KernelSet& kernels,
-                      const std::vector<RowGroup>& groups) {
+                      const std::vector<RowGroup>& groups,
+                      const std::vector<RowRange>& rows_without_tasks) {
   const AttendBackwardArgs& args = *problem.backward;
   const std::int64_t head_dim = problem.head_dim;
   const std::int64_t kv_heads = args.k.shape[1];
-  const std::unordered_map<std::int64_t, Rows> documents = document_rows(args);
+  const std::unordered_map<std::int64_t, RowRange> documents = document_rows(args);
   struct Wave {
     std::int64_t floats = 0;
     std::vector<std::int64_t> units;
@@ -142,7 +187,7 @@ void backward_rounded(const Problem& problem, const KernelSet& kernels,
   for (const RowGroup& group : groups) {
     const auto [entry, is_new] = wave_of_unit.try_emplace(group.unit, waves.size());
     if (is_new) {
-      const Rows& rows = documents.at(group.item->document);
+      const RowRange& rows = documents.at(group.item->document);
       const std::int64_t floats = 2 * (rows.end - rows.begin) * head_dim;
       if (waves.empty() || (waves.back().floats + floats) * std::int64_t{sizeof(float)} > kSumBytes)
         waves.emplace_back();
@@ -152,28 +197,24 @@ void backward_rounded(const Problem& problem, const KernelSet& kernels,
     }
     waves[entry->second].groups.push_back(group);
   }
-  const Target target = selected_target();
   for (Wave& wave : waves) {
     const std::shared_ptr<void> memory = pooled_pages(wave.floats * std::int64_t{sizeof(float)});
-    auto* const floats = static_cast<float*>(memory.get());
     std::unordered_map<std::int64_t, GradientSums> sums;
-    float* at = floats;
+    auto* at = static_cast<float*>(memory.get());
     for (const std::int64_t unit : wave.units) {
-      const Rows& rows = documents.at(unit / kv_heads);
+      const RowRange& rows = documents.at(unit / kv_heads);
       const std::int64_t count = (rows.end - rows.begin) * head_dim;
       sums[unit] = {at, at + count, head_dim, head_dim, rows.begin};
+      set_zero(sums[unit], rows, rows_without_tasks);
       at += 2 * count;
     }
-    parallel_ranges(wave.floats, 1 << 18, [&](std::int64_t begin, std::int64_t end) {
-      std::fill(floats + begin, floats + end, 0.0f);
-    });
-    run_backward(problem, kernels, wave.groups, sums);
+    run_backward(kernels, wave.groups, sums);
     parallel_for(std::ssize(wave.units), [&](std::int64_t i) {
       const std::int64_t unit = wave.units[i];
-      const Rows& rows = documents.at(unit / kv_heads);
+      const RowRange& rows = documents.at(unit / kv_heads);
       const GradientSums& sum = sums.at(unit);
-      round_rows(target, sum.dk, rows.end - rows.begin, rows.begin, unit % kv_heads, args.dk);
-      round_rows(target, sum.dv, rows.end - rows.begin, rows.begin, unit % kv_heads, args.dv);
+      round_rows(sum.dk, rows, unit % kv_heads, args.dk);
+      round_rows(sum.dv, rows, unit % kv_heads, args.dv);
     });
   }
 }
@@ -182,35 +223,33 @@ void backward_rounded(const Problem& problem, const KernelSet& kernels,
 
 Buffer CpuBackend::allocate(std::int64_t bytes) { return {pooled_pages(bytes), bytes}; }
 
-void FusedBackend::attend(const AttendArgs& args) {
-  const KernelSet& kernels = kernels_of(selected_target(), args.q.dtype);
-  const Problem problem = make_problem(args);
-  const std::vector<TaskRows> items = join_items(args.items);
-  const std::vector<RowGroup> groups =
-      row_groups(problem, items, forward_lanes(problem, kernels), kernels.panel_lanes);
-  parallel_for(std::ssize(groups), [&](std::int64_t i) {
-    std::byte* scratch = thread_scratch(kernels.forward_scratch(problem.head_dim, groups[i].width));
-    kernels.forward(problem, groups[i], scratch);
+void FusedBackend::attend_for_all(std::span<const AttendArgs> ranks) {
+  const KernelSet& kernels = kernels_of(selected_target(), ranks.front().q.dtype);
+  const std::int64_t lanes = forward_lanes(ranks, kernels);
+  const Tasks tasks(ranks, lanes, kernels.panel_lanes);
+  parallel_for(std::ssize(tasks.groups), [&](std::int64_t i) {
+    const RowGroup& group = tasks.groups[i];
+    const std::int64_t head_dim = group.problem->head_dim;
+    std::byte* scratch = thread_scratch(kernels.forward_scratch(head_dim, group.width));
+    kernels.forward(*group.problem, group, scratch);
   });
 }
 
-void FusedBackend::attend_backward(const AttendBackwardArgs& args) {
-  const KernelSet& kernels = kernels_of(selected_target(), args.q.dtype);
-  Problem problem = make_problem(args);
-  problem.backward = &args;
-  const std::vector<TaskRows> items = join_items(args.items);
-  std::vector<RowGroup> groups =
-      row_groups(problem, items, kernels.backward_lanes, kernels.panel_lanes);
-  set_zero(args.dk);
-  set_zero(args.dv);
-  if (args.dk.dtype != DType::kFloat32) return backward_rounded(problem, kernels, groups);
+void FusedBackend::attend_backward_for_all(std::span<const AttendBackwardArgs> ranks) {
+  const KernelSet& kernels = kernels_of(selected_target(), ranks.front().q.dtype);
+  Tasks tasks(ranks, kernels.backward_lanes, kernels.panel_lanes);
+  if (ranks.front().dk.dtype != DType::kFloat32) {
+    // A rank alone: only its gradients are rounded here.
+    return backward_rounded(tasks.problems.front(), kernels, tasks.groups, tasks.untouched.front());
+  }
   std::unordered_map<std::int64_t, GradientSums> sums;
-  for (const RowGroup& group : groups) {
+  for (const RowGroup& group : tasks.groups) {
+    const AttendBackwardArgs& args = *group.problem->backward;
     sums[group.unit] = {args.dk.as<float>() + group.kv_head * args.dk.strides[1],
                         args.dv.as<float>() + group.kv_head * args.dv.strides[1],
                         args.dk.strides[0], args.dv.strides[0], 0};
   }
-  run_backward(problem, kernels, groups, sums);
+  run_backward(kernels, tasks.groups, sums);
 }
 
 }  // namespace cpu

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <memory>
+#include <span>
 
 #include "backend.h"
 
@@ -20,8 +21,12 @@ class CpuBackend : public Backend {
 class FusedBackend : public CpuBackend {
  public:
   bool reads_lent_rows() const override { return true; }
-  void attend(const AttendArgs& args) override;
-  void attend_backward(const AttendBackwardArgs& args) override;
+  void attend(const AttendArgs& args) override { attend_for_all({&args, 1}); }
+  void attend_backward(const AttendBackwardArgs& args) override {
+    attend_backward_for_all({&args, 1});
+  }
+  void attend_for_all(std::span<const AttendArgs> ranks) override;
+  void attend_backward_for_all(std::span<const AttendBackwardArgs> ranks) override;
 };
 
 /// The plain twin: loops over the pairs of each row in float64, without blocks or panels.

@@ -74,12 +74,14 @@ struct VisibleKeys {
 /// and the KV head's member l % group, so that all query heads of a KV head share its keys and
 /// neighbouring lanes see nearly the same keys.
 struct RowGroup {
+  const Problem* problem = nullptr;
   const TaskRows* item = nullptr;
   std::int64_t kv_head = 0;
   std::int64_t lane_begin = 0;
   std::int64_t lane_end = 0;
   std::int64_t width = 0;      // lanes to make room for: panels end at the jump
   VisibleKeys keys;            // that any of the lanes sees
+  VisibleKeys fresh;           // of these, keys that no task of the unit before it sees
   double cost = 0;             // visible pairs
   std::int64_t unit = 0;       // backward: which gradients of a document and KV head it adds to
   std::int64_t previous = -1;  // backward: the task of the unit that adds before this one
@@ -92,6 +94,15 @@ VisibleKeys visible_keys(const Problem& problem, const TaskRows& item, std::int6
 /// whole panels of `panel_lanes` where the rows suffice; heaviest first (ties in item order).
 std::vector<RowGroup> row_groups(const Problem& problem, const std::vector<TaskRows>& items,
                                  std::int64_t lanes, std::int64_t panel_lanes);
+
+/// Rows [begin, end) of the gathered rows.
+struct RowRange {
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+};
+
+/// Those of `rows` gathered rows that are fresh to no group: nothing is stored there.
+std::vector<RowRange> rows_without_tasks(const std::vector<RowGroup>& groups, std::int64_t rows);
 
 /// Where a document's dK and dV of one KV head are summed: row r of the gathered rows
 /// [first_row, ...) at r * stride floats.
@@ -135,7 +146,8 @@ struct KernelSet {
   std::size_t (*backward_scratch)(std::int64_t head_dim, std::int64_t lanes);
   /// Writes out and lse of the group's rows.
   void (*forward)(const Problem& problem, const RowGroup& group, std::byte* scratch);
-  /// Writes dq of the group's rows and adds to the unit's sums.
+  /// Writes dq of the group's rows, stores the unit's sums of its fresh keys and adds to the
+  /// others.
   void (*backward)(const Problem& problem, const BackwardTask& task, std::byte* scratch);
 };
 
@@ -147,8 +159,20 @@ struct ElementwiseSet {
   void (*tanh)(const float* x, float* y, std::int64_t count);
 };
 
-/// Rounds `count` values once to a row of `dtype`, with the target's vectors.
-void round_row(Target target, DType dtype, const float* from, std::int64_t count, std::byte* to);
+/// Rows of a result, each the sum of the same row of some float32 terms.
+struct RowSums {
+  std::span<const float* const> terms;  // the first row of each
+  std::int64_t term_stride = 0;         // floats from one row of a term to the next
+  std::int64_t rows = 0;
+  std::int64_t columns = 0;
+  DType dtype = DType::kFloat32;  // of the result: float32, float16 or bfloat16
+  std::byte* to = nullptr;
+  std::int64_t to_stride = 0;  // bytes from one row of the result to the next
+};
+
+/// Writes 0 plus the terms, added one after another in float32 and rounded once to nearest even,
+/// with the target's vectors.
+void sum_rows(Target target, const RowSums& sums);
 
 /// The kernels that `target` runs tensors of `dtype` with.
 const KernelSet& kernels_of(Target target, DType dtype);

@@ -27,8 +27,30 @@ HWY_ATTR void tanh_array(const float* x, float* y, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) y[i] = hn::GetLane(tanh(d, hn::Set(d, x[i])));
 }
 
-HWY_ATTR void round_values(DType dtype, const float* from, std::int64_t count, std::byte* to) {
-  store_row(dtype, from, count, to);
+HWY_ATTR void sum_term_rows(const RowSums& sums) {
+  constexpr std::int64_t kPart = 256;
+  static_assert(kPart % kVectorLanes == 0);
+  alignas(64) float sum[kPart];
+  const Floats d;
+  for (std::int64_t row = 0; row < sums.rows; ++row) {
+    std::byte* to = sums.to + row * sums.to_stride;
+    for (std::int64_t first = 0; first < sums.columns; first += kPart) {
+      const std::int64_t count = std::min(sums.columns - first, kPart);
+      const std::int64_t from = row * sums.term_stride + first;
+      std::int64_t c = 0;
+      for (; c + kVectorLanes <= count; c += kVectorLanes) {
+        FloatVec x = hn::Zero(d);
+        for (const float* term : sums.terms) x = hn::Add(x, hn::LoadU(d, term + from + c));
+        hn::Store(x, d, sum + c);
+      }
+      for (; c < count; ++c) {
+        float x = 0;
+        for (const float* term : sums.terms) x += term[from + c];
+        sum[c] = x;
+      }
+      store_row(sums.dtype, sum, count, to + first * item_size(sums.dtype));
+    }
+  }
 }
 
 const KernelSet* kernel_set() {
@@ -54,7 +76,7 @@ namespace {
 
 HWY_EXPORT(kernel_set);
 HWY_EXPORT(elementwise_set);
-HWY_EXPORT(round_values);
+HWY_EXPORT(sum_term_rows);
 
 // Where a target stands in Highway's tables.
 std::size_t table_index(Target target) {
@@ -78,8 +100,8 @@ std::size_t table_index(Target target) {
 
 }  // namespace
 
-void round_row(Target target, DType dtype, const float* from, std::int64_t count, std::byte* to) {
-  HWY_DISPATCH_TABLE(round_values)[table_index(target)](dtype, from, count, to);
+void sum_rows(Target target, const RowSums& sums) {
+  HWY_DISPATCH_TABLE(sum_term_rows)[table_index(target)](sums);
 }
 
 const KernelSet& kernels_of(Target target, DType dtype) {

@@ -211,4 +211,18 @@ inline void prefetch_sums(const GradientSums& sums, const Problem& problem, cons
   }
 }
 
+/// Calls use(key, dk, dv, fresh) for the keys of a block that a task's lanes see, counted from the
+/// block's start: where they are summed, and whether nothing is there yet.
+template <typename Use>
+inline void for_each_sum(const RowGroup& group, const KeyBlock& block, const GradientSums& sums,
+                         const Use& use) {
+  const std::int64_t first_row = group.item->k_begin - group.item->k_position - sums.first_row;
+  const std::int64_t end = std::min(group.keys.end, block.end());
+  for (std::int64_t key = std::max(group.keys.first, block.begin); key < end; ++key) {
+    const std::int64_t row = first_row + key;
+    use(key - block.begin, sums.dk + row * sums.stride_k, sums.dv + row * sums.stride_v,
+        key >= group.fresh.first && key < group.fresh.end);
+  }
+}
+
 }  // namespace zigzag::cpu

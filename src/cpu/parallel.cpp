@@ -18,6 +18,7 @@
 #include <system_error>
 #include <thread>
 
+#include "cpu/page_pool.h"
 #include "cpu/workers.h"
 #include "zigzag/error.h"
 #include "zigzag/system.h"
@@ -104,15 +105,13 @@ void* allocate_pages(std::int64_t bytes) {
 }
 
 std::byte* thread_scratch(std::size_t bytes) {
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  thread_local std::unique_ptr<void, Free> scratch;
+  // From the pool, so that the threads of the next call find it: ranks' threads come and go.
+  thread_local std::shared_ptr<void> scratch;
   thread_local std::size_t size = 0;
   if (size < bytes) {
     scratch.reset();
     size = 0;
-    scratch.reset(allocate_pages(static_cast<std::int64_t>(bytes)));
+    scratch = pooled_pages(static_cast<std::int64_t>(bytes));
     size = bytes;
   }
   return static_cast<std::byte*>(scratch.get());

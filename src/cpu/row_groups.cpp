@@ -59,6 +59,30 @@ std::vector<std::int64_t> piece_cuts(const Problem& problem, const TaskRows& ite
   return keys_loaded(problem, item, parted) < keys_loaded(problem, item, joined) ? parted : joined;
 }
 
+// Notes that keys are seen, and gives the longest stretch of them that were not before. `seen` is
+// sorted and has gaps between its ranges.
+VisibleKeys see(const VisibleKeys& keys, std::vector<VisibleKeys>& seen) {
+  if (keys.first >= keys.end) return {keys.first, keys.first};
+  const auto begin =
+      std::lower_bound(seen.begin(), seen.end(), keys.first,
+                       [](const VisibleKeys& range, std::int64_t key) { return range.end < key; });
+  VisibleKeys whole = keys;
+  VisibleKeys fresh{keys.first, keys.first};
+  const auto offer = [&fresh](std::int64_t first, std::int64_t end) {
+    if (end - first > fresh.end - fresh.first) fresh = {first, end};
+  };
+  std::int64_t from = keys.first;
+  auto end = begin;
+  for (; end != seen.end() && end->first <= keys.end; ++end) {
+    offer(from, end->first);
+    from = end->end;
+    whole = {std::min(whole.first, end->first), std::max(whole.end, end->end)};
+  }
+  offer(from, keys.end);
+  seen.insert(seen.erase(begin, end), whole);
+  return fresh;
+}
+
 void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -106,13 +130,13 @@ std::vector<TaskRows> join_items(std::span<const WorkItem> items) {
 
 std::vector<RowGroup> row_groups(const Problem& problem, const std::vector<TaskRows>& items,
                                  std::int64_t lanes, std::int64_t panel_lanes) {
-  const std::int64_t kv_heads = problem.args->k.shape[1];
-  std::vector<RowGroup> groups;
+  std::vector<RowGroup> pieces;  // of one head
   for (const TaskRows& item : items) {
     if (item.q_count == 0) continue;
     const std::vector<std::int64_t> cuts = piece_cuts(problem, item, lanes, panel_lanes);
     for (std::size_t piece = 0; piece + 1 < cuts.size(); ++piece) {
       RowGroup group;
+      group.problem = &problem;
       group.item = &item;
       group.lane_begin = cuts[piece];
       group.lane_end = cuts[piece + 1];
@@ -123,16 +147,43 @@ std::vector<RowGroup> row_groups(const Problem& problem, const std::vector<TaskR
       group.keys.first = visible_keys(problem, item, group.lane_begin).first;
       group.keys.end = visible_keys(problem, item, group.lane_end - 1).end;
       group.cost = visible_pairs(problem, item, group.lane_begin, group.lane_end);
-      for (std::int64_t head = 0; head < kv_heads; ++head) {
-        group.kv_head = head;
-        group.unit = item.document * kv_heads + head;
-        groups.push_back(group);
-      }
+      pieces.push_back(group);
     }
   }
-  std::stable_sort(groups.begin(), groups.end(),
+  std::stable_sort(pieces.begin(), pieces.end(),
                    [](const RowGroup& a, const RowGroup& b) { return a.cost > b.cost; });
+  const std::int64_t kv_heads = problem.args->k.shape[1];
+  std::vector<RowGroup> groups;
+  groups.reserve(pieces.size() * static_cast<std::size_t>(kv_heads));
+  std::unordered_map<std::int64_t, std::vector<VisibleKeys>> seen;  // of each document
+  for (RowGroup& group : pieces) {
+    group.fresh = see(group.keys, seen[group.item->document]);
+    for (std::int64_t head = 0; head < kv_heads; ++head) {
+      group.kv_head = head;
+      group.unit = group.item->document * kv_heads + head;
+      groups.push_back(group);
+    }
+  }
   return groups;
+}
+
+std::vector<RowRange> rows_without_tasks(const std::vector<RowGroup>& groups, std::int64_t rows) {
+  std::vector<RowRange> stored;
+  for (const RowGroup& group : groups) {
+    if (group.kv_head != 0 || group.fresh.first >= group.fresh.end) continue;
+    const std::int64_t first_row = group.item->k_begin - group.item->k_position;
+    stored.push_back({first_row + group.fresh.first, first_row + group.fresh.end});
+  }
+  std::sort(stored.begin(), stored.end(),
+            [](const RowRange& a, const RowRange& b) { return a.begin < b.begin; });
+  stored.push_back({rows, rows});
+  std::vector<RowRange> gaps;
+  std::int64_t from = 0;
+  for (const RowRange& range : stored) {
+    if (from < range.begin) gaps.push_back({from, range.begin});
+    from = range.end;
+  }
+  return gaps;
 }
 
 Turns::Turns(const std::vector<RowGroup>& groups) : groups_(groups), added_(groups.size()) {}
