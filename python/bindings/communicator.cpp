@@ -8,6 +8,7 @@
 #include "comm/choose.h"
 #include "comm/shared_messages.h"
 #include "cuda/runtime.h"
+#include "gil.h"
 #include "run.h"
 
 namespace zigzag::python {
@@ -38,7 +39,7 @@ std::shared_ptr<nb::object> share(nb::object object) {
             if (Py_IsInitialized() == 0) {
               return;  // the interpreter is gone, and its objects with it
             }
-            const nb::gil_scoped_acquire acquire;
+            const GilHeld acquire;
             delete owned;
           }};
 }
@@ -120,7 +121,7 @@ Communicator share_messages(const Communicator& base) {
 }
 
 void synchronize(int device) {
-  const nb::gil_scoped_release release;
+  const GilReleased release;
   cuda::synchronize({DeviceType::kCuda, device}, nullptr);
 }
 
@@ -161,7 +162,7 @@ void bind_communicator(nb::module_& module) {
       .def(
           "abort",
           [](const Communicator& self, const std::string& reason) {
-            const nb::gil_scoped_release release;
+            const GilReleased release;
             self.abort(reason);
           },
           nb::arg("reason"));

@@ -5,6 +5,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
+#include "gil.h"
 #include "run.h"
 
 namespace zigzag::python {
@@ -80,7 +81,7 @@ void bind_attention(nb::module_& module) {
       "reference_forward",
       [](const Tensor& q, const Tensor& k, const Tensor& v, const IndexInput& cu_seqlens,
          const AttentionOptions& options, const Tensor& out, const Tensor& lse) {
-        const nb::gil_scoped_release release;
+        const GilReleased release;
         reference::forward(q.view, k.view, v.view, span_of(cu_seqlens), options, out.view,
                            lse.view);
       },
@@ -91,7 +92,7 @@ void bind_attention(nb::module_& module) {
       [](const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
          const IndexInput& cu_seqlens, const AttentionOptions& options, const Tensor& dq,
          const Tensor& dk, const Tensor& dv) {
-        const nb::gil_scoped_release release;
+        const GilReleased release;
         reference::backward(dout.view, q.view, k.view, v.view, span_of(cu_seqlens), options,
                             dq.view, dk.view, dv.view);
       },
@@ -106,7 +107,7 @@ void bind_layout(nb::module_& module) {
       "shard",
       [](const Tensor& x, const Plan& plan, std::int64_t rank, const Tensor& out,
          const KernelsName& kernels, std::uintptr_t stream) {
-        const nb::gil_scoped_release release;
+        const GilReleased release;
         shard(x.view, plan, rank, out.view, operation(kernels, stream));
       },
       nb::arg("x"), nb::arg("plan"), nb::arg("rank"), nb::arg("out"), kernels_argument,
@@ -120,7 +121,7 @@ void bind_layout(nb::module_& module) {
         for (const Tensor& part : parts) {
           views.push_back(part.view);
         }
-        const nb::gil_scoped_release release;
+        const GilReleased release;
         unshard(views, plan, out.view, operation(kernels, stream));
       },
       nb::arg("parts"), nb::arg("plan"), nb::arg("out"), kernels_argument, stream_argument);
@@ -128,7 +129,7 @@ void bind_layout(nb::module_& module) {
       "unshard_rank",
       [](const Tensor& part, const Plan& plan, std::int64_t rank, const Tensor& out,
          const KernelsName& kernels, std::uintptr_t stream) {
-        const nb::gil_scoped_release release;
+        const GilReleased release;
         unshard_rank(part.view, plan, rank, out.view, operation(kernels, stream));
       },
       nb::arg("part"), nb::arg("plan"), nb::arg("rank"), nb::arg("out"), kernels_argument,
@@ -137,7 +138,7 @@ void bind_layout(nb::module_& module) {
       "extract",
       [](const Tensor& gathered, const Plan& plan, const IndexInput& prefix_chunks,
          const Tensor& out, const KernelsName& kernels, std::uintptr_t stream) {
-        const nb::gil_scoped_release release;
+        const GilReleased release;
         extract(gathered.view, plan, span_of(prefix_chunks), out.view, operation(kernels, stream));
       },
       nb::arg("gathered"), nb::arg("plan"), nb::arg("prefix_chunks"), nb::arg("out"),
@@ -152,7 +153,7 @@ void bind_layout(nb::module_& module) {
       "scatter",
       [](const Tensor& grad, const Plan& plan, std::int64_t rank, const Tensor& out,
          const KernelsName& kernels, std::uintptr_t stream) {
-        const nb::gil_scoped_release release;
+        const GilReleased release;
         scatter(grad.view, plan, rank, out.view, operation(kernels, stream));
       },
       nb::arg("grad"), nb::arg("plan"), nb::arg("rank"), nb::arg("out"), kernels_argument,

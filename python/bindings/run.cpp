@@ -8,6 +8,8 @@
 #include <mutex>
 #include <thread>
 
+#include "gil.h"
+
 namespace zigzag::python {
 namespace {
 
@@ -90,7 +92,7 @@ Event wait_for_event(Job& job, std::chrono::milliseconds limit) {
   nb::python_error interrupted;  // takes the pending KeyboardInterrupt
   bool ended = false;
   {
-    const nb::gil_scoped_release release;
+    const GilReleased release;
     {
       const std::lock_guard lock(job->mutex);
       job->abandoned = true;  // a request that comes from here on fails
@@ -112,7 +114,7 @@ Event wait_for_event(Job& job, std::chrono::milliseconds limit) {
 void run_operation(std::function<void()> work, const Communicator& communicator, Device device) {
   if (device.type != DeviceType::kCpu || !is_main_thread() || communicator.name() == "mpi") {
     // MPI_THREAD_FUNNELED: the thread that initialised MPI makes its calls.
-    const nb::gil_scoped_release release;
+    const GilReleased release;
     work();
     return;
   }
@@ -123,7 +125,7 @@ void run_operation(std::function<void()> work, const Communicator& communicator,
   for (;;) {
     Event event;
     {
-      const nb::gil_scoped_release release;
+      const GilReleased release;
       event = wait_for_event(*job, kSignalInterval);
     }
     if (event == Event::kDone) {
@@ -149,7 +151,7 @@ void run_operation(std::function<void()> work, const Communicator& communicator,
 void call_python(const std::function<void()>& call) {
   Job* const job = current_job;
   if (job == nullptr) {
-    const nb::gil_scoped_acquire acquire;
+    const GilHeld acquire;
     call();
     return;
   }
