@@ -114,14 +114,19 @@ class MpiTransport final : public Transport {
     begin(step);
     const auto bytes = static_cast<std::int64_t>(in.size());
     MpiBatch batch;
-    for (int peer = 0; peer < size(); ++peer) {
-      if (peer != rank()) link_.receive(batch, peer, out.data() + peer * bytes, bytes);
+    try {
+      for (int peer = 0; peer < size(); ++peer) {
+        if (peer != rank()) link_.receive(batch, peer, out.data() + peer * bytes, bytes);
+      }
+      for (int i = 1; i < size(); ++i) {
+        link_.send(batch, (rank() + i) % size(), in.data(), bytes);
+      }
+      std::copy(in.begin(), in.end(), out.begin() + rank() * bytes);
+      link_.wait(batch, step);
+    } catch (...) {
+      link_.release(batch);
+      throw;
     }
-    for (int i = 1; i < size(); ++i) {
-      link_.send(batch, (rank() + i) % size(), in.data(), bytes);
-    }
-    std::copy(in.begin(), in.end(), out.begin() + rank() * bytes);
-    link_.wait(batch, step);
   }
 
   template <typename Start, typename Finish, typename Meanwhile>

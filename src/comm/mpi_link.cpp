@@ -41,10 +41,10 @@ std::string error_text(int code) {
 
 }  // namespace
 
-void MpiBatch::add(MPI_Request request, int peer, bool receive) {
+void MpiBatch::add(MPI_Request request, int peer, int receives_bytes) {
   requests.push_back(request);
   peers.push_back(peer);
-  receives.push_back(receive ? 1 : 0);
+  receives.push_back(receives_bytes);
 }
 
 void MpiBatch::clear() {
@@ -90,7 +90,7 @@ MpiLink::MpiLink(MPI_Comm communicator, double timeout)
   MPI_Comm_rank(communicator, &rank_);
   MPI_Comm_size(communicator, &size_);
   MpiBatch batch;
-  batch.add(MPI_REQUEST_NULL, -1, false);
+  batch.add(MPI_REQUEST_NULL, -1, -1);
   constexpr std::string_view kStep = "the duplication of the MPI communicator";
   // Not in comm_ yet: what is not complete may not be looked at.
   MPI_Comm duplicate = MPI_COMM_NULL;
@@ -131,6 +131,7 @@ void MpiLink::begin(std::string_view step) {
         fmt::format("rank {} cannot start {}: the group failed before: {}", rank_, step, failure_));
   }
   sequence_ = (sequence_ + 1) % kTags;
+  step_ = step;
 }
 
 void MpiLink::check(int code, std::string_view what, int peer, std::string_view step) {
@@ -143,22 +144,24 @@ void MpiLink::check(int code, std::string_view what, int peer, std::string_view 
 }
 
 void MpiLink::send(MpiBatch& batch, int peer, const std::byte* data, std::int64_t bytes) {
+  const InsideMpi inside(rank_, step_, {&peer, 1}, timeout_);
   for (std::int64_t at = 0; at < bytes; at += kPieceBytes) {
     const int count = static_cast<int>(std::min(kPieceBytes, bytes - at));
     MPI_Request request = MPI_REQUEST_NULL;
     check(MPI_Isend(data + at, count, MPI_BYTE, peer, kFirstTag + sequence_, comm_, &request),
           "MPI_Isend", peer, "a send");
-    batch.add(request, peer, false);
+    batch.add(request, peer, -1);
   }
 }
 
 void MpiLink::receive(MpiBatch& batch, int peer, std::byte* data, std::int64_t bytes) {
+  const InsideMpi inside(rank_, step_, {&peer, 1}, timeout_);
   for (std::int64_t at = 0; at < bytes; at += kPieceBytes) {
     const int count = static_cast<int>(std::min(kPieceBytes, bytes - at));
     MPI_Request request = MPI_REQUEST_NULL;
     check(MPI_Irecv(data + at, count, MPI_BYTE, peer, kFirstTag + sequence_, comm_, &request),
           "MPI_Irecv", peer, "a receive");
-    batch.add(request, peer, true);
+    batch.add(request, peer, count);
   }
 }
 
@@ -180,6 +183,21 @@ void MpiLink::collect(MpiBatch& batch, std::string_view step) {
     }
   }
   check(code, "MPI_Testsome", -1, step);
+  // A longer message than expected is MPI's own error; a shorter one it takes for granted.
+  for (std::size_t i = 0; i < static_cast<std::size_t>(finished); ++i) {
+    const auto which = static_cast<std::size_t>(indices_[i]);
+    int came = 0;
+    if (batch.receives[which] < 0 || MPI_Get_count(&statuses_[i], MPI_BYTE, &came) != MPI_SUCCESS ||
+        came == batch.receives[which]) {
+      continue;
+    }
+    const std::string sentence = fmt::format(
+        "rank {} stopped in {}: rank {} gave {} bytes where {} were expected; all ranks must make "
+        "the same calls",
+        rank_, step, batch.peers[which], came, batch.receives[which]);
+    abort(sentence);
+    throw CommunicationError(sentence);
+  }
   batch.done += static_cast<std::size_t>(finished);
 }
 
@@ -201,7 +219,10 @@ void MpiLink::wait(MpiBatch& batch, std::string_view step) {
   }
 }
 
-void MpiLink::confirm(MpiBatch& batch, std::string_view step) { receive_abort(batch, step); }
+void MpiLink::confirm(MpiBatch& batch, std::string_view step) {
+  const InsideMpi inside(rank_, step, batch.peers, timeout_);
+  receive_abort(batch, step);
+}
 
 void MpiLink::look_around(MpiBatch& batch, std::string_view step, Pause& pause) {
   receive_abort(batch, step);
@@ -276,7 +297,7 @@ void MpiLink::release(MpiBatch& batch) noexcept {
   // rows from it. Cancelled receives and messages between living ranks end at once; a message
   // with a dead rank never does, and nobody touches its memory any more.
   for (std::size_t i = 0; i < batch.requests.size(); ++i) {
-    if (batch.requests[i] != MPI_REQUEST_NULL && batch.receives[i] != 0) {
+    if (batch.requests[i] != MPI_REQUEST_NULL && batch.receives[i] >= 0) {
       MPI_Cancel(&batch.requests[i]);
     }
   }

@@ -16,10 +16,10 @@ namespace zigzag::comm {
 struct MpiBatch {
   std::vector<MPI_Request> requests;
   std::vector<int> peers;
-  std::vector<char> receives;  // 1 for a receive, 0 for a send
+  std::vector<int> receives;  // bytes that a receive expects; -1: a send
   std::size_t done = 0;
   bool complete() const { return done == requests.size(); }
-  void add(MPI_Request request, int peer, bool receive);
+  void add(MPI_Request request, int peer, int receives_bytes);
   void clear();
 };
 
@@ -69,6 +69,7 @@ class MpiLink {
   int rank_ = 0;
   int size_ = 1;
   int sequence_ = 0;
+  std::string step_;      // the one that began last
   std::string failure_;   // why nothing works any more; empty while it does
   std::string sentence_;  // the same as this rank says it
   PeerWatch watch_;

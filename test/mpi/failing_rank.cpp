@@ -19,7 +19,8 @@
 
 // failing_rank HOW WHERE: under mpirun, the last rank fails while the others exchange.
 //   HOW    kill: SIGKILL; throw: an exception between exchanges; silent: never comes again;
-//          never: it does not fail, something else has to
+//          differ: makes another call than the others; never: it does not fail, something else
+//          has to
 //   WHERE  gather, reduce, barrier or all_gather: where the others wait; forward or backward:
 //          inside that call, in its second gather; reduction: inside a backward, in its second
 //          reduction; end: between its last exchange and MPI_Finalize
@@ -32,6 +33,8 @@ using zigzag::test::ExchangeCase;
 void fail(const Communicator& communicator, const std::string& how) {
   if (how == "kill") {
     std::raise(SIGKILL);
+  } else if (how == "differ") {
+    communicator.all_gather(std::vector<std::byte>(8));
   } else if (how == "throw") {
     communicator.abort("no space left for the gradient");
     throw std::runtime_error("no space left for the gradient");

@@ -152,8 +152,11 @@ class Host:
 
     def processes(self) -> list[str]:
         """What runs here besides the keeper: "PID NAME", zombies left out."""
-        mine = os.readlink(f"/proc/{self.pid}/ns/pid")
-        found = []
+        found: list[str] = []
+        try:
+            mine = os.readlink(f"/proc/{self.pid}/ns/pid")
+        except OSError:
+            return found  # the host has lost its power
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit() or int(entry.name) == self.pid:
                 continue
@@ -311,7 +314,7 @@ class Job:
     """A command under mpirun, which runs on the first host."""
 
     def __init__(self, hosts: list[Host], line: list[object]) -> None:
-        self._hosts = hosts
+        self.hosts = hosts
         self.line = hosts[0].inside(*line)
         self.started = time.monotonic()
         self._process = subprocess.Popen(
@@ -334,11 +337,14 @@ class Job:
 
     def end(self) -> None:
         """Kills all that runs on the hosts, if mpirun still does, and takes what it printed."""
-        if self.code is None:
-            for host in self._hosts:
+        while self.code is None:
+            # Again, should something have been forked meanwhile.
+            for host in self.hosts:
                 host.clear()
-            out, err = self._process.communicate()
-            self.out, self.err = out.decode(), err.decode()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                out, err = self._process.communicate(timeout=1)
+                self.out, self.err = out.decode(), err.decode()
+                return
 
     def passes(self, timeout: float = 120) -> str:
         """The output of a command that must succeed in time."""

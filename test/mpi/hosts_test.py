@@ -136,22 +136,31 @@ class FailureTest(unittest.TestCase):
         latest = since + DEADLINE_S + SLACK_S
         while not all(c.exists() and c.read_text() for c in codes) and time.time() < latest:
             time.sleep(0.02)
+        running = [p for host in job.hosts for p in host.processes()]
+        self.assertFalse([p for p in running if p.split()[1] in ("failing_rank", "zigzag")])
         took = []
+        killed = 0
         for rank, code in zip(survivors, codes, strict=True):
             words_file = scratch() / f"{rank}.words"
             words = words_file.read_text() if words_file.exists() else "nothing"
-            self.assertTrue(code.exists(), f"rank {rank} has not ended; it said: {words}")
-            self.assertEqual(code.read_text().strip(), "3", f"rank {rank} said: {words}")
+            # mpirun kills the rest once a second rank has ended (docs/transports.md). On a busy
+            # machine that may hit a rank between its words and its exit, but one at most.
+            killed += not code.exists()
+            self.assertLessEqual(killed, 1, f"rank {rank} was killed too; it said: {words}")
+            if code.exists():
+                self.assertEqual(code.read_text().strip(), "3", f"rank {rank} said: {words}")
+                took.append(code.stat().st_mtime - since)
             # Open MPI's own lines begin with the host in brackets.
             own = [li for li in words.splitlines() if li.startswith((f"rank {rank} ", "zigzag: "))]
             self.assertTrue(own, f"rank {rank} said: {words}")
             self.assertIn(f"rank {rank} ", own[0])
             self.assertRegex(own[0], step)
             self.assertRegex(own[0].replace(f"rank {rank} ", "", 1), r"ranks? (\d[^:;]*)?\d")
-            took.append(code.stat().st_mtime - since)
         job.end()
         say(f"the ranks ended {min(took):.1f} to {max(took):.1f} s after; the last one said:")
         say(f"  {own[0]}")
+        if killed:
+            say("  one rank was killed by mpirun after its words")
 
     def break_while(
         self, command: tuple, step: str, survivors: range, act: Callable[[Cluster], None]
