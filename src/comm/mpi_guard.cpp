@@ -22,7 +22,7 @@ namespace {
 
 constexpr double kAfterDeadline = 0.5;
 constexpr double kAfterSentence = 0.5;
-constexpr double kAfterSignal = 0.3;
+constexpr double kAfterSignal = 0.15;
 constexpr auto kPeriod = std::chrono::milliseconds(50);
 
 double now() {

@@ -12,7 +12,7 @@ namespace zigzag::comm {
 /// travel; no deadline that is looked at between calls helps then.
 ///
 /// `last_words` gets one sentence that names rank, step and peers, half a second after the deadline
-/// of the wait or 0.3 s after SIGTERM, if MPI has not returned meanwhile. The thread that is stuck
+/// of the wait or 0.15 s after SIGTERM, if MPI has not returned meanwhile. The thread that is stuck
 /// cannot be freed: the function should end the process. At most one guard lives at a time.
 class MpiGuard {
  public:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 SKIPPED = 77  # the exit code that ctest takes for a skipped test
 _INSIDE = "ZIGZAG_TEST_LABORATORY"
-_TOOLS = ("unshare", "nsenter", "ip", "bridge", "mount", "mpirun")
+_TOOLS = ("unshare", "nsenter", "ip", "mount", "mpirun")
 _NEW_SPACES = ("--net", "--uts", "--ipc", "--pid", "--mount", "--fork", "--kill-child")
 
 
@@ -288,7 +288,7 @@ class Cluster:
 
     def mute(self, name: str) -> None:
         """Drops every frame from and to a host; both ends see a link that is up."""
-        run("bridge", "link", "set", "dev", f"to-{name}", "state", "0")
+        run("ip", "link", "set", f"to-{name}", "nomaster")
 
     def bytes_to(self, name: str) -> int:
         """Bytes that came to a host over its link so far."""

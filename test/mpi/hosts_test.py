@@ -221,9 +221,13 @@ class FailureTest(unittest.TestCase):
         for where, step in places.items():
             with self.subTest(where), Cluster("alpha", "beta") as cluster:
                 self.setUp()
-                since = time.time()
                 job = self.start(cluster, FAILING_RANK, "kill", where)
-                self.survive(job, range(3), step, since + 1)
+                killed = scratch() / "3.code"
+                latest = time.time() + 60
+                while not killed.exists():
+                    self.assertLess(time.time(), latest, "rank 3 has not killed itself")
+                    time.sleep(0.01)
+                self.survive(job, range(3), step, killed.stat().st_mtime)
 
     def test_ranks_of_another_host_have_another_option(self) -> None:
         """Every rank hears what differs before anything is exchanged."""
