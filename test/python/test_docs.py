@@ -28,6 +28,25 @@ def test_python_blocks_run(page):
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_files_for_torchrun_run_by_themselves(page, tmp_path):
+    """Blocks that the text names as a file for torchrun, as that file alone."""
+    text = (ROOT / page).read_text()
+    found = re.findall(r"`torchrun [^`]* (\w+\.py)`.*?^```python\n(.*?)^```", text, re.M | re.S)
+    assert found
+    for name, block in found:
+        (tmp_path / name).write_text(block + "\ndist.destroy_process_group()\n")
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        ended = subprocess.run(
+            [*torchrun, "--nproc_per_node", "2", tmp_path / name],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr
+
+
 EVERY_PAGE = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
