@@ -67,7 +67,7 @@ void or_abort(const Communicator& communicator, const Work& work) {
 
 /// True when the ranks are threads of this process, so that one of them can compute for all.
 bool lends(const Communicator& communicator, const Backend& backend) {
-  return communicator.size() > 1 && backend.reads_lent_rows() && communicator.transport().lends();
+  return communicator.size() > 1 && backend.attends_all() && communicator.transport().lends();
 }
 
 /// Lends a rank's tensors to the first rank of its process, which computes for all; the others

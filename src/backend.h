@@ -12,23 +12,11 @@
 
 namespace zigzag {
 
-/// Rows [begin, end) of the gathered K or V where a rank of this process holds them: head h of row
-/// r stands at data + (r - begin) * row_stride + h * head_stride. Strides are in bytes.
-struct LentRows {
-  std::int64_t begin = 0;
-  std::int64_t end = 0;
-  const std::byte* data = nullptr;
-  std::int64_t row_stride = 0;
-  std::int64_t head_stride = 0;
-};
-
 /// A stage's attention: every work item of a rank in one call.
 struct AttendArgs {
-  TensorView q;  // [local_tokens, heads, head_dim]
-  TensorView k;  // [gathered_tokens, kv_heads, head_dim]; without data when the rows are lent
-  TensorView v;  // as k
-  std::span<const LentRows> lent_k;  // all rows in rising order; empty: they are in k and v
-  std::span<const LentRows> lent_v;
+  TensorView q;    // [local_tokens, heads, head_dim]
+  TensorView k;    // [gathered_tokens, kv_heads, head_dim]
+  TensorView v;    // [gathered_tokens, kv_heads, head_dim]
   TensorView out;  // [local_tokens, heads, head_dim]
   TensorView lse;  // [local_tokens, heads] float32
   const Plan* plan = nullptr;
@@ -50,6 +38,36 @@ struct AttendBackwardArgs : AttendArgs {
   TensorView dv;    // [gathered_tokens, kv_heads, head_dim]
 };
 
+/// Tokens [begin, end) of a tensor of the whole pack where a rank of this process holds them: head
+/// h of token t stands at data + (t - begin) * row_stride + h * head_stride. Strides are in bytes.
+struct LentRows {
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+  std::byte* data = nullptr;
+  std::int64_t row_stride = 0;
+  std::int64_t head_stride = 0;
+};
+
+/// Attention of all ranks at once: their tensors as parts of the pack's, in token order.
+struct AttendAllArgs {
+  std::vector<LentRows> q, k, v, out, lse;
+  const Plan* plan = nullptr;
+  DType dtype = DType::kFloat32;  // of all but lse, which is float32
+  std::int64_t heads = 0;
+  std::int64_t kv_heads = 0;
+  std::int64_t head_dim = 0;
+  Mask mask;
+  double scale = 1;    // multiplies q.k
+  double softcap = 0;  // 0: none
+};
+
+/// The backward of all ranks at once. dk and dv are the gradients in the tensors' type: sums of
+/// the ranks' partials in rank order.
+struct AttendBackwardAllArgs : AttendAllArgs {
+  std::vector<LentRows> dout, dq, dk, dv;
+  std::vector<std::span<const WorkItem>> items;  // of each rank
+};
+
 /// Memory that a backend owns; released in the order of its queue.
 struct Buffer {
   std::shared_ptr<void> memory;
@@ -68,9 +86,8 @@ class Backend {
   virtual ~Backend() = default;
   /// True when exchange and attention can run at the same time, so that prefetching pays.
   virtual bool overlaps() const = 0;
-  /// True when attention reads rows where peers hold them (lent_k, lent_v), for all of them at
-  /// once.
-  virtual bool reads_lent_rows() const { return false; }
+  /// True when there are attend_all and attend_backward_all.
+  virtual bool attends_all() const { return false; }
   /// The queue that attention runs on, in order with the caller's work.
   virtual Queue compute_queue() = 0;
   /// The queue that exchanges run on.
@@ -81,13 +98,9 @@ class Backend {
   virtual Buffer allocate(std::int64_t bytes) = 0;
   virtual void attend(const AttendArgs& args) = 0;
   virtual void attend_backward(const AttendBackwardArgs& args) = 0;
-  /// The same for several ranks, with the same bits.
-  virtual void attend_for_all(std::span<const AttendArgs> ranks) {
-    for (const AttendArgs& args : ranks) attend(args);
-  }
-  virtual void attend_backward_for_all(std::span<const AttendBackwardArgs> ranks) {
-    for (const AttendBackwardArgs& args : ranks) attend_backward(args);
-  }
+  /// What all ranks would compute for themselves, bit for bit; only where attends_all().
+  virtual void attend_all(const AttendAllArgs& /*args*/) {}
+  virtual void attend_backward_all(const AttendBackwardAllArgs& /*args*/) {}
   /// Called before attend_backward of a stage, while its gather may still be under way, with the
   /// same arguments except that k and v are this rank's own rows [local_tokens, kv_heads, head_dim]
   /// and dk and dv are not set. A backend may give the part of the work here that needs no more;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <span>
 
 #include "attention_check.h"
@@ -16,13 +17,12 @@ struct CallTensors {
 };
 
 /// Attention of all ranks at once, in the thread of one of them, where the others have lent their
-/// tensors: `ranks` in rank order. Nothing is gathered, the tasks of all ranks share one list, and
-/// every bit is what the ranks would compute for themselves.
+/// tensors: `ranks` in rank order. Nothing is gathered, and every bit is what the ranks would
+/// compute for themselves.
 void forward_for_all(std::span<const CallTensors> ranks, const Plan& plan,
                      const AttentionOptions& options, const Problem& problem, Backend& backend);
 
-/// Likewise. The ranks' float32 partials of dK and dV are held for a few KV heads at a time, at
-/// most the problem's stage.
+/// Likewise the backward.
 void backward_for_all(std::span<const CallTensors> ranks, const Plan& plan,
                       const AttentionOptions& options, const Problem& problem, Backend& backend);
 

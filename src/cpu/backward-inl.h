@@ -197,20 +197,20 @@ HWY_ATTR void backward_block(const Problem& problem, const RowGroup& group, cons
 /// Loads a panel's q and dout in both layouts, lse and delta. Returns whether all are finite.
 inline HWY_ATTR bool start_backward(const Problem& problem, const RowGroup& group,
                                     const Panel& panel, const BackwardScratch& scratch) {
-  const AttendBackwardArgs& args = *problem.backward;
   const std::int64_t head_dim = problem.head_dim;
   const std::int64_t stride = scratch.stride;
   const Floats d;
   float* q_rows = scratch.q_rows + panel.offset * stride;
   float* dout_rows = scratch.dout_rows + panel.offset * stride;
-  bool finite = load_lanes(problem, args.q, group, panel, stride, q_rows);
-  finite &= load_lanes(problem, args.dout, group, panel, stride, dout_rows);
-  load_lanes(problem, args.out, group, panel, stride, scratch.rows);
+  bool finite = load_lanes(problem, problem.q, group, panel, stride, q_rows);
+  finite &= load_lanes(problem, problem.dout, group, panel, stride, dout_rows);
+  load_lanes(problem, problem.out, group, panel, stride, scratch.rows);
   transpose(q_rows, stride, panel.width, head_dim, scratch.q + head_dim * panel.offset,
             panel.width);
   sign_lanes(problem, head_dim * panel.width, scratch.q + head_dim * panel.offset);
   transpose(dout_rows, stride, panel.width, head_dim, scratch.dout + head_dim * panel.offset,
             panel.width);
+  LaneCursor lse_rows(problem, problem.lse, group, panel);
   for (int l = 0; l < panel.width; ++l) {
     FloatVec sum = hn::Zero(d);
     for (std::int64_t c = 0; c < scratch.columns; c += kVectorLanes) {
@@ -220,10 +220,7 @@ inline HWY_ATTR bool start_backward(const Problem& problem, const RowGroup& grou
     scratch.delta[panel.offset + l] = hn::GetLane(hn::SumOfLanes(d, sum));
     constexpr float kLog2E = 1.4426950408889634f;
     scratch.lse[panel.offset + l] =
-        l < panel.lanes
-            ? *reinterpret_cast<const float*>(lane_pointer(problem, args.lse, group, panel, l)) *
-                  kLog2E
-            : 0.0f;
+        l < panel.lanes ? *reinterpret_cast<const float*>(lse_rows.at(l)) * kLog2E : 0.0f;
   }
   if (!finite) {
     for (int l = 0; l < panel.lanes; ++l) {
@@ -253,7 +250,7 @@ inline HWY_ATTR void add_row(const float* from, float scale, bool fresh, std::in
 inline HWY_ATTR void add_gradients(const Problem& problem, const RowGroup& group,
                                    const KeyBlock& block, const GradientSums& sums,
                                    const BackwardScratch& scratch) {
-  const auto scale = static_cast<float>(problem.args->scale);
+  const auto scale = static_cast<float>(problem.scale);
   for_each_sum(group, block, sums,
                [&](std::int64_t key, float* dk, float* dv, bool fresh) HWY_ATTR {
                  add_row(scratch.dk + key * scratch.stride, scale, fresh, problem.head_dim, dk);
@@ -265,7 +262,6 @@ inline HWY_ATTR void backward_group(const Problem& problem, const BackwardTask& 
                                     std::byte* memory) {
   const RowGroup& group = *task.group;
   const BackwardScratch scratch(memory, problem.head_dim, group.width);
-  const AttendBackwardArgs& args = *problem.backward;
   bool finite_rows = true;
   for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
     finite_rows &= start_backward(problem, group, panel, scratch);
@@ -308,7 +304,7 @@ inline HWY_ATTR void backward_group(const Problem& problem, const BackwardTask& 
     add_gradients(problem, group, block, task.sums, scratch);
     task.turns->done(task.index, block.end());
   }
-  const auto scale = static_cast<float>(args.scale);
+  const auto scale = static_cast<float>(problem.scale);
   for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
     transpose(scratch.dq + scratch.columns * panel.offset, panel.width, problem.head_dim,
               panel.width, scratch.rows, scratch.stride);
@@ -316,7 +312,7 @@ inline HWY_ATTR void backward_group(const Problem& problem, const BackwardTask& 
       float* row = scratch.rows + l * scratch.stride;
       for (std::int64_t c = 0; c < problem.head_dim; ++c) row[c] = row[c] * scale + 0.0f;
     }
-    store_lanes(problem, args.dq, group, panel, scratch.stride, scratch.rows);
+    store_lanes(problem, problem.dq, group, panel, scratch.stride, scratch.rows);
   });
 }
 

@@ -205,20 +205,20 @@ inline void columns_of_rows(const std::uint16_t* rows, std::int64_t columns, int
 /// Loads a panel's q and dout, lse and delta. Returns whether all are finite.
 inline bool start_backward(const Problem& problem, const RowGroup& group, const Panel& panel,
                            const Bf16BackwardScratch& scratch) {
-  const AttendBackwardArgs& args = *problem.backward;
   const std::int64_t columns = scratch.columns;
   const std::int64_t at = columns / 2 * panel.offset;
   const int width = panel.width;
   std::uint16_t* rows = scratch.rows;
   std::uint16_t* out_rows = scratch.rows + width * columns;
-  const bool finite_q = copy_lanes(problem, args.q, group, panel, columns, rows);
+  const bool finite_q = copy_lanes(problem, problem.q, group, panel, columns, rows);
   columns_of_rows(rows, columns, width, finite_q, scratch.q_pairs + at);
   sign_rows(problem.score_scale, columns * width, rows);
   lanes_of_rows(rows, columns, width, scratch.q + at);
-  const bool finite_dout = copy_lanes(problem, args.dout, group, panel, columns, rows);
+  const bool finite_dout = copy_lanes(problem, problem.dout, group, panel, columns, rows);
   columns_of_rows(rows, columns, width, finite_dout, scratch.dout_pairs + at);
   lanes_of_rows(rows, columns, width, scratch.dout + at);
-  copy_lanes(problem, args.out, group, panel, columns, out_rows);
+  copy_lanes(problem, problem.out, group, panel, columns, out_rows);
+  LaneCursor lse_rows(problem, problem.lse, group, panel);
   for (int l = 0; l < width; ++l) {
     __m512 sum = _mm512_setzero_ps();
     for (std::int64_t c = 0; c < columns; c += 16) {
@@ -232,10 +232,7 @@ inline bool start_backward(const Problem& problem, const RowGroup& group, const 
     scratch.delta[panel.offset + l] = _mm512_reduce_add_ps(sum);
     constexpr float kLog2E = 1.4426950408889634f;
     scratch.lse[panel.offset + l] =
-        l < panel.lanes
-            ? *reinterpret_cast<const float*>(lane_pointer(problem, args.lse, group, panel, l)) *
-                  kLog2E
-            : 0.0f;
+        l < panel.lanes ? *reinterpret_cast<const float*>(lse_rows.at(l)) * kLog2E : 0.0f;
   }
   std::fill_n(scratch.dq + columns * panel.offset, columns * width, 0.0f);
   return finite_q && finite_dout;
@@ -244,7 +241,7 @@ inline bool start_backward(const Problem& problem, const RowGroup& group, const 
 /// Adds a task's dK and dV of one block to the unit's.
 inline void add_gradients(const Problem& problem, const RowGroup& group, const KeyBlock& block,
                           const GradientSums& sums, const Bf16BackwardScratch& scratch) {
-  const __m512 scale = _mm512_set1_ps(static_cast<float>(problem.args->scale));
+  const __m512 scale = _mm512_set1_ps(static_cast<float>(problem.scale));
   for_each_sum(group, block, sums, [&](std::int64_t key, float* dk, float* dv, bool fresh) {
     for (std::int64_t c = 0; c < problem.head_dim; c += 16) {
       const std::int64_t left = std::min<std::int64_t>(problem.head_dim - c, 16);
@@ -264,7 +261,6 @@ inline void backward_group(const Problem& problem, const BackwardTask& task, std
   const RowGroup& group = *task.group;
   const Bf16BackwardScratch scratch(memory, problem.head_dim, group.width);
   const std::int64_t columns = scratch.columns;
-  const AttendBackwardArgs& args = *problem.backward;
   [[maybe_unused]] const Engine engine;
   const FlushSubnormals flush;
   bool finite_rows = true;
@@ -300,10 +296,10 @@ inline void backward_group(const Problem& problem, const BackwardTask& task, std
     task.turns->done(task.index, block.end());
   }
   alignas(64) float scale[kBf16PanelLanes];
-  std::fill_n(scale, kBf16PanelLanes, static_cast<float>(args.scale));
+  std::fill_n(scale, kBf16PanelLanes, static_cast<float>(problem.scale));
   for_each_panel(problem, group, next_width, [&](const Panel& panel) {
-    store_panel(problem, args.dq, group, panel, scratch.dq + columns * panel.offset, columns, scale,
-                reinterpret_cast<float*>(scratch.rows));
+    store_panel(problem, problem.dq, group, panel, scratch.dq + columns * panel.offset, columns,
+                scale, reinterpret_cast<float*>(scratch.rows));
   });
 }
 

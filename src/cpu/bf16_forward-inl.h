@@ -195,27 +195,26 @@ inline void forward_block(const Problem& problem, const RowGroup& group, const P
 inline void finish_forward(const Problem& problem, const RowGroup& group, const Panel& panel,
                            const Bf16ForwardScratch& scratch) {
   float* sums = scratch.sum + panel.offset;
+  LaneCursor lse_rows(problem, problem.lse, group, panel);
   for (int l = 0; l < panel.lanes; ++l) {
     constexpr double kLn2 = 0.6931471805599453;
     const double lse = static_cast<double>(scratch.max[panel.offset + l]) * kLn2 +
                        std::log(static_cast<double>(sums[l]));
-    *reinterpret_cast<float*>(lane_pointer(problem, problem.args->lse, group, panel, l)) =
-        static_cast<float>(lse);
+    *reinterpret_cast<float*>(lse_rows.at(l)) = static_cast<float>(lse);
     sums[l] = sums[l] == 0 ? 0 : 1 / sums[l];
   }
-  store_panel(problem, problem.args->out, group, panel,
-              scratch.out + scratch.columns * panel.offset, scratch.columns, sums, scratch.rows);
+  store_panel(problem, problem.out, group, panel, scratch.out + scratch.columns * panel.offset,
+              scratch.columns, sums, scratch.rows);
 }
 
 inline void forward_group(const Problem& problem, const RowGroup& group, std::byte* memory) {
   const Bf16ForwardScratch scratch(memory, problem.head_dim, group.width);
   const std::int64_t columns = scratch.columns;
-  const AttendArgs& args = *problem.args;
   [[maybe_unused]] const Engine engine;
   const FlushSubnormals flush;
   for_each_panel(problem, group, next_width, [&](const Panel& panel) {
     auto* rows = reinterpret_cast<std::uint16_t*>(scratch.rows);
-    copy_lanes(problem, args.q, group, panel, columns, rows);
+    copy_lanes(problem, problem.q, group, panel, columns, rows);
     sign_rows(problem.score_scale, columns * panel.width, rows);
     lanes_of_rows(rows, columns, panel.width, scratch.q + columns / 2 * panel.offset);
     std::fill_n(scratch.out + columns * panel.offset, columns * panel.width, 0.0f);

@@ -190,18 +190,19 @@ inline void columns_of_block(const std::uint16_t* from, std::int64_t columns,
 }
 
 /// The rows of a panel's lanes, [width, columns] bfloat16. Returns whether all are finite.
-inline bool copy_lanes(const Problem& problem, const TensorView& x, const RowGroup& group,
+inline bool copy_lanes(const Problem& problem, const TensorRows& x, const RowGroup& group,
                        const Panel& panel, std::int64_t columns, std::uint16_t* to) {
   bool finite = true;
+  LaneCursor lanes(problem, x, group, panel);
   for (int l = 0; l < panel.width; ++l) {
-    const std::byte* row = l < panel.lanes ? lane_pointer(problem, x, group, panel, l) : nullptr;
+    const std::byte* row = l < panel.lanes ? lanes.at(l) : nullptr;
     finite &= copy_row(row, problem.head_dim, columns, to + l * columns, 32);
   }
   return finite;
 }
 
 /// Keys of a block of k or v, [keys, columns]. Returns whether all are finite.
-inline bool copy_block(const KeyRows& x, const RowGroup& group, const KeyBlock& block,
+inline bool copy_block(const TensorRows& x, const RowGroup& group, const KeyBlock& block,
                        const BlockRange& range, std::int64_t head_dim, std::int64_t columns,
                        std::uint16_t* to) {
   bool finite = true;
@@ -213,7 +214,7 @@ inline bool copy_block(const KeyRows& x, const RowGroup& group, const KeyBlock& 
 }
 
 /// Keys of a block of k or v as rows of a product.
-inline void rows_of_block(const KeyRows& x, const RowGroup& group, const KeyBlock& block,
+inline void rows_of_block(const TensorRows& x, const RowGroup& group, const KeyBlock& block,
                           const BlockRange& range, std::int64_t head_dim, std::int64_t columns,
                           std::uint16_t* to) {
   KeyCursor keys(x, group, block);
@@ -243,7 +244,7 @@ inline __m512i pair_lanes(__m512 low, __m512 high) {
 
 /// Writes a panel's sums [lane / 16][column][16], each lane times scale[lane], as rows of bfloat16,
 /// through `rows` [width, columns].
-inline void store_panel(const Problem& problem, const TensorView& x, const RowGroup& group,
+inline void store_panel(const Problem& problem, const TensorRows& x, const RowGroup& group,
                         const Panel& panel, const float* from, std::int64_t columns,
                         const float* scale, float* rows) {
   for (int lane = 0; lane < panel.width; lane += 16) {
@@ -258,8 +259,9 @@ inline void store_panel(const Problem& problem, const TensorView& x, const RowGr
       }
     }
   }
+  LaneCursor lanes(problem, x, group, panel);
   for (int l = 0; l < panel.lanes; ++l) {
-    auto* to = reinterpret_cast<std::uint16_t*>(lane_pointer(problem, x, group, panel, l));
+    auto* to = reinterpret_cast<std::uint16_t*>(lanes.at(l));
     const __m512 factor = _mm512_set1_ps(scale[l]);
     for (std::int64_t c = 0; c < problem.head_dim; c += 16) {
       const std::int64_t left = std::min<std::int64_t>(problem.head_dim - c, 16);

@@ -2,13 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
-#include <type_traits>
+#include <span>
 #include <unordered_map>
+#include <vector>
 
+#include "cpu/backward.h"
 #include "cpu/kernel.h"
 #include "cpu/page_pool.h"
-#include "cpu/panel.h"
 #include "cpu/parallel.h"
 #include "cpu/target.h"
 #include "zigzag/system.h"
@@ -17,42 +17,67 @@ namespace zigzag {
 namespace cpu {
 namespace {
 
-// Float32 sums of 16-bit gradients held at a time, unless one document and KV head needs more.
-constexpr std::int64_t kSumBytes = std::int64_t{40} << 20;
-
-KeyRows key_rows(const TensorView& x, std::span<const LentRows> lent) {
+TensorRows rows_of(const TensorView& x) {
   const std::int64_t item = item_size(x.dtype);
-  KeyRows rows;
-  rows.own = {0, x.shape[0], static_cast<const std::byte*>(x.data), x.strides[0] * item,
+  TensorRows rows;
+  rows.own = {0, x.shape[0], static_cast<std::byte*>(x.data), x.strides[0] * item,
               x.strides[1] * item};
-  rows.pieces = lent;
   rows.dtype = x.dtype;
-  rows.row_bytes = x.shape[2] * item;
+  rows.row_bytes = x.shape.size() < 3 ? item : x.shape[2] * item;
   return rows;
 }
 
-Problem make_problem(const AttendArgs& args) {
+void set_scores(double scale, double softcap, Problem& problem) {
   constexpr double kLog2E = 1.4426950408889634;
+  const bool capped = softcap != 0;
+  problem.scale = scale;
+  problem.score_scale = static_cast<float>(capped ? scale / softcap : scale * kLog2E);
+  problem.cap = capped ? static_cast<float>(softcap * kLog2E) : 0.0f;
+}
+
+Problem make_problem(const AttendArgs& args) {
   Problem problem;
-  problem.args = &args;
-  problem.k = key_rows(args.k, args.lent_k);
-  problem.v = key_rows(args.v, args.lent_v);
+  problem.q = rows_of(args.q);
+  problem.k = rows_of(args.k);
+  problem.v = rows_of(args.v);
+  problem.out = rows_of(args.out);
+  problem.lse = rows_of(args.lse);
+  problem.mask = args.mask;
   problem.head_dim = args.q.shape[2];
-  problem.group = args.k.shape[1] == 0 ? 1 : args.q.shape[1] / args.k.shape[1];
-  const bool capped = args.softcap != 0;
-  problem.score_scale =
-      static_cast<float>(capped ? args.scale / args.softcap : args.scale * kLog2E);
-  problem.cap = capped ? static_cast<float>(args.softcap * kLog2E) : 0.0f;
+  problem.kv_heads = args.k.shape[1];
+  problem.group = problem.kv_heads == 0 ? 1 : args.q.shape[1] / problem.kv_heads;
+  set_scores(args.scale, args.softcap, problem);
+  return problem;
+}
+
+Problem make_problem(const AttendAllArgs& args) {
+  const auto rows = [&args](std::span<const LentRows> pieces) {
+    TensorRows x;
+    x.pieces = pieces;
+    x.dtype = args.dtype;
+    x.row_bytes = args.head_dim * item_size(args.dtype);
+    return x;
+  };
+  Problem problem;
+  problem.q = rows(args.q);
+  problem.k = rows(args.k);
+  problem.v = rows(args.v);
+  problem.out = rows(args.out);
+  problem.lse = rows(args.lse);
+  problem.mask = args.mask;
+  problem.head_dim = args.head_dim;
+  problem.kv_heads = args.kv_heads;
+  problem.group = args.kv_heads == 0 ? 1 : args.heads / args.kv_heads;
+  set_scores(args.scale, args.softcap, problem);
   return problem;
 }
 
 // Lanes of a forward task: many, so that each block of keys is loaded for many rows, but at least
 // several tasks a thread. The results do not depend on it.
-std::int64_t forward_lanes(std::span<const AttendArgs> ranks, const KernelSet& kernels) {
+std::int64_t forward_lanes(const Problem& problem, const std::vector<TaskRows>& items,
+                           const KernelSet& kernels) {
   std::int64_t lanes = 0;
-  for (const AttendArgs& args : ranks) {
-    for (const WorkItem& item : args.items) lanes += item.q_count * args.q.shape[1];
-  }
+  for (const TaskRows& item : items) lanes += item.q_count * problem.group * problem.kv_heads;
   constexpr std::int64_t kTasksPerThread = 4;
   constexpr std::int64_t kMostPanels = 16;
   const std::int64_t threads = num_threads();
@@ -61,195 +86,128 @@ std::int64_t forward_lanes(std::span<const AttendArgs> ranks, const KernelSet& k
   return kernels.panel_lanes * std::clamp<std::int64_t>(panels, 2, kMostPanels);
 }
 
-// The gathered rows of each document that has work.
-std::unordered_map<std::int64_t, RowRange> document_rows(const AttendArgs& args) {
-  std::unordered_map<std::int64_t, RowRange> documents;
+void run_forward(const Problem& problem, const std::vector<TaskRows>& items) {
+  const KernelSet& kernels = kernels_of(selected_target(), problem.q.dtype);
+  const std::vector<RowGroup> groups =
+      row_groups(problem, items, forward_lanes(problem, items, kernels), kernels.panel_lanes);
+  parallel_for(std::ssize(groups), [&](std::int64_t i) {
+    std::byte* scratch = thread_scratch(kernels.forward_scratch(problem.head_dim, groups[i].width));
+    kernels.forward(problem, groups[i], scratch);
+  });
+}
+
+// Every document of a pack as one item, its rows counted in tokens.
+std::vector<TaskRows> whole_documents(const Plan& plan) {
+  std::vector<TaskRows> items;
+  for (std::int64_t document = 0; document < plan.num_documents(); ++document) {
+    const std::int64_t first = plan.cu_seqlens()[static_cast<std::size_t>(document)];
+    const std::int64_t length = plan.document_length(document);
+    items.push_back({WorkItem{.document = document,
+                              .q_begin = first,
+                              .q_count = length,
+                              .k_begin = first,
+                              .k_count = length,
+                              .q_position = 0,
+                              .k_position = 0,
+                              .document_length = length}});
+  }
+  return items;
+}
+
+// A rank's joined items with their rows counted in tokens.
+std::vector<TaskRows> in_tokens(const Plan& plan, std::vector<TaskRows> items) {
+  for (TaskRows& item : items) {
+    const std::int64_t first = plan.cu_seqlens()[static_cast<std::size_t>(item.document)];
+    item.q_begin = first + item.q_position;
+    item.k_begin = first + item.k_position;
+    item.rows_left_out = item.jump;
+  }
+  return items;
+}
+
+// The rows of a rank's documents in its gathered layout.
+std::vector<DocumentRows> document_rows(const AttendArgs& args) {
+  std::vector<DocumentRows> documents(static_cast<std::size_t>(args.plan->num_documents()));
   for (const WorkItem& item : args.items) {
-    const auto [entry, is_new] =
-        documents.try_emplace(item.document, RowRange{item.k_begin, item.k_begin + item.k_count});
-    if (is_new) continue;
-    entry->second.begin = std::min(entry->second.begin, item.k_begin);
-    entry->second.end = std::max(entry->second.end, item.k_begin + item.k_count);
+    DocumentRows& rows = documents[static_cast<std::size_t>(item.document)];
+    const bool is_new = rows.keys.first == rows.keys.end;
+    const std::int64_t end = item.k_position + item.k_count;
+    rows.first_row = item.k_begin - item.k_position;
+    rows.keys.first = is_new ? item.k_position : std::min(rows.keys.first, item.k_position);
+    rows.keys.end = is_new ? end : std::max(rows.keys.end, end);
   }
   return documents;
 }
 
 void set_zero(const TensorView& x, const RowRange& rows) {
-  const std::int64_t bytes = x.shape[2] * item_size(x.dtype);
+  const std::int64_t item = item_size(x.dtype);
   parallel_ranges(rows.end - rows.begin, 256, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t head = 0; head < x.shape[1]; ++head) {
       for (std::int64_t row = rows.begin + begin; row < rows.begin + end; ++row) {
-        std::byte* at = row_pointer(x, row, head);
-        std::fill(at, at + bytes, std::byte{0});
+        std::byte* at = x.as<std::byte>() + (row * x.strides[0] + head * x.strides[1]) * item;
+        std::fill(at, at + x.shape[2] * item, std::byte{0});
       }
     }
   });
-}
-
-// The tasks of some ranks' calls, heaviest first, and what they point to.
-struct Tasks {
-  template <typename Args>
-  Tasks(std::span<const Args> ranks, std::int64_t lanes, std::int64_t panel_lanes) {
-    problems.reserve(ranks.size());
-    items.reserve(ranks.size());
-    std::int64_t first_unit = 0;
-    for (const Args& args : ranks) {
-      const Problem& problem = problems.emplace_back(make_problem(args));
-      items.push_back(join_items(args.items));
-      std::vector<RowGroup> more = row_groups(problem, items.back(), lanes, panel_lanes);
-      for (RowGroup& group : more) group.unit += first_unit;
-      first_unit += args.plan->num_documents() * args.k.shape[1];
-      if constexpr (std::is_same_v<Args, AttendBackwardArgs>) {
-        problems.back().backward = &args;
-        untouched.push_back(rows_without_tasks(more, args.dk.shape[0]));
-        for (const RowRange& rows : untouched.back()) {
-          set_zero(args.dk, rows);
-          set_zero(args.dv, rows);
-        }
-      }
-      groups.insert(groups.end(), more.begin(), more.end());
-    }
-    // Stable: the order of a rank's own tasks, which is that of its sums, stays.
-    std::stable_sort(groups.begin(), groups.end(),
-                     [](const RowGroup& a, const RowGroup& b) { return a.cost > b.cost; });
-  }
-  std::vector<Problem> problems;
-  std::vector<std::vector<TaskRows>> items;
-  std::vector<RowGroup> groups;
-  std::vector<std::vector<RowRange>> untouched;  // backward: gathered rows without tasks, set to 0
-};
-
-// Runs tasks that add to `sums[unit]`; `groups` are in the order of their additions.
-void run_backward(const KernelSet& kernels, std::vector<RowGroup>& groups,
-                  const std::unordered_map<std::int64_t, GradientSums>& sums) {
-  std::unordered_map<std::int64_t, std::int64_t> last;
-  for (std::int64_t i = 0; i < std::ssize(groups); ++i) {
-    const auto [entry, is_new] = last.try_emplace(groups[i].unit, i);
-    groups[i].previous = is_new ? -1 : entry->second;
-    entry->second = i;
-  }
-  Turns turns(groups);
-  parallel_for(std::ssize(groups), [&](std::int64_t i) {
-    // Whatever happens, the tasks that wait for this one go on.
-    struct Release {
-      Turns& turns;
-      std::int64_t task;
-      ~Release() { turns.done(task, std::numeric_limits<std::int64_t>::max()); }
-    } release{turns, i};
-    const RowGroup& group = groups[i];
-    const std::int64_t head_dim = group.problem->head_dim;
-    std::byte* scratch = thread_scratch(kernels.backward_scratch(head_dim, group.width));
-    const BackwardTask task{&group, i, sums.at(group.unit), &turns};
-    kernels.backward(*group.problem, task, scratch);
-  });
-}
-
-// Rounds a unit's sums of dK or dV, of `rows`, once.
-void round_rows(const float* from, const RowRange& rows, std::int64_t head, const TensorView& to) {
-  RowSums sums;
-  sums.terms = {&from, 1};
-  sums.term_stride = to.shape[2];
-  sums.rows = rows.end - rows.begin;
-  sums.columns = to.shape[2];
-  sums.dtype = to.dtype;
-  sums.to = row_pointer(to, rows.begin, head);
-  sums.to_stride = to.strides[0] * item_size(to.dtype);
-  sum_rows(selected_target(), sums);
-}
-
-// Clears the rows of a unit's sums that no task stores to.
-void set_zero(const GradientSums& sum, const RowRange& unit_rows,
-              const std::vector<RowRange>& rows_without_tasks) {
-  for (const RowRange& rows : rows_without_tasks) {
-    const std::int64_t begin = std::max(rows.begin, unit_rows.begin) - sum.first_row;
-    const std::int64_t end = std::min(rows.end, unit_rows.end) - sum.first_row;
-    if (begin >= end) continue;
-    std::fill(sum.dk + begin * sum.stride_k, sum.dk + end * sum.stride_k, 0.0f);
-    std::fill(sum.dv + begin * sum.stride_v, sum.dv + end * sum.stride_v, 0.0f);
-  }
-}
-
-// Gradients in a 16-bit type: sums of a few documents and heads at a time, rounded once.
-void backward_rounded(const Problem& problem, const KernelSet& kernels,
-                      const std::vector<RowGroup>& groups,
-                      const std::vector<RowRange>& rows_without_tasks) {
-  const AttendBackwardArgs& args = *problem.backward;
-  const std::int64_t head_dim = problem.head_dim;
-  const std::int64_t kv_heads = args.k.shape[1];
-  const std::unordered_map<std::int64_t, RowRange> documents = document_rows(args);
-  struct Wave {
-    std::int64_t floats = 0;
-    std::vector<std::int64_t> units;
-    std::vector<RowGroup> groups;
-  };
-  std::vector<Wave> waves;
-  std::unordered_map<std::int64_t, std::size_t> wave_of_unit;
-  for (const RowGroup& group : groups) {
-    const auto [entry, is_new] = wave_of_unit.try_emplace(group.unit, waves.size());
-    if (is_new) {
-      const RowRange& rows = documents.at(group.item->document);
-      const std::int64_t floats = 2 * (rows.end - rows.begin) * head_dim;
-      if (waves.empty() || (waves.back().floats + floats) * std::int64_t{sizeof(float)} > kSumBytes)
-        waves.emplace_back();
-      entry->second = waves.size() - 1;
-      waves.back().floats += floats;
-      waves.back().units.push_back(group.unit);
-    }
-    waves[entry->second].groups.push_back(group);
-  }
-  for (Wave& wave : waves) {
-    const std::shared_ptr<void> memory = pooled_pages(wave.floats * std::int64_t{sizeof(float)});
-    std::unordered_map<std::int64_t, GradientSums> sums;
-    auto* at = static_cast<float*>(memory.get());
-    for (const std::int64_t unit : wave.units) {
-      const RowRange& rows = documents.at(unit / kv_heads);
-      const std::int64_t count = (rows.end - rows.begin) * head_dim;
-      sums[unit] = {at, at + count, head_dim, head_dim, rows.begin};
-      set_zero(sums[unit], rows, rows_without_tasks);
-      at += 2 * count;
-    }
-    run_backward(kernels, wave.groups, sums);
-    parallel_for(std::ssize(wave.units), [&](std::int64_t i) {
-      const std::int64_t unit = wave.units[i];
-      const RowRange& rows = documents.at(unit / kv_heads);
-      const GradientSums& sum = sums.at(unit);
-      round_rows(sum.dk, rows, unit % kv_heads, args.dk);
-      round_rows(sum.dv, rows, unit % kv_heads, args.dv);
-    });
-  }
 }
 
 }  // namespace
 
 Buffer CpuBackend::allocate(std::int64_t bytes) { return {pooled_pages(bytes), bytes}; }
 
-void FusedBackend::attend_for_all(std::span<const AttendArgs> ranks) {
-  const KernelSet& kernels = kernels_of(selected_target(), ranks.front().q.dtype);
-  const std::int64_t lanes = forward_lanes(ranks, kernels);
-  const Tasks tasks(ranks, lanes, kernels.panel_lanes);
-  parallel_for(std::ssize(tasks.groups), [&](std::int64_t i) {
-    const RowGroup& group = tasks.groups[i];
-    const std::int64_t head_dim = group.problem->head_dim;
-    std::byte* scratch = thread_scratch(kernels.forward_scratch(head_dim, group.width));
-    kernels.forward(*group.problem, group, scratch);
-  });
+void FusedBackend::attend(const AttendArgs& args) {
+  run_forward(make_problem(args), join_items(args.items));
 }
 
-void FusedBackend::attend_backward_for_all(std::span<const AttendBackwardArgs> ranks) {
-  const KernelSet& kernels = kernels_of(selected_target(), ranks.front().q.dtype);
-  Tasks tasks(ranks, kernels.backward_lanes, kernels.panel_lanes);
-  if (ranks.front().dk.dtype != DType::kFloat32) {
-    // A rank alone: only its gradients are rounded here.
-    return backward_rounded(tasks.problems.front(), kernels, tasks.groups, tasks.untouched.front());
+void FusedBackend::attend_all(const AttendAllArgs& args) {
+  run_forward(make_problem(args), whole_documents(*args.plan));
+}
+
+void FusedBackend::attend_backward(const AttendBackwardArgs& args) {
+  Problem problem = make_problem(args);
+  problem.dout = rows_of(args.dout);
+  problem.dq = rows_of(args.dq);
+  if (args.dk.dtype != DType::kFloat32) {
+    backward_in_waves(problem, document_rows(args), {join_items(args.items)}, rows_of(args.dk),
+                      rows_of(args.dv));
+    return;
+  }
+  const KernelSet& kernels = kernels_of(selected_target(), problem.q.dtype);
+  const std::vector<TaskRows> items = join_items(args.items);
+  std::vector<RowGroup> groups =
+      row_groups(problem, items, kernels.backward_lanes, kernels.panel_lanes);
+  for (const RowRange& rows : rows_without_tasks(groups, args.dk.shape[0])) {
+    set_zero(args.dk, rows);
+    set_zero(args.dv, rows);
   }
   std::unordered_map<std::int64_t, GradientSums> sums;
-  for (const RowGroup& group : tasks.groups) {
-    const AttendBackwardArgs& args = *group.problem->backward;
+  for (const RowGroup& group : groups) {
     sums[group.unit] = {args.dk.as<float>() + group.kv_head * args.dk.strides[1],
                         args.dv.as<float>() + group.kv_head * args.dv.strides[1],
                         args.dk.strides[0], args.dv.strides[0], 0};
   }
-  run_backward(kernels, tasks.groups, sums);
+  run_backward(problem, groups, sums);
+}
+
+void FusedBackend::attend_backward_all(const AttendBackwardAllArgs& args) {
+  Problem problem = make_problem(args);
+  problem.dout = problem.dq = problem.q;
+  problem.dout.pieces = args.dout;
+  problem.dq.pieces = args.dq;
+  TensorRows dk = problem.k;
+  TensorRows dv = problem.k;
+  dk.pieces = args.dk;
+  dv.pieces = args.dv;
+  const std::span<const std::int64_t> cu_seqlens = args.plan->cu_seqlens();
+  std::vector<DocumentRows> documents;
+  for (std::size_t i = 0; i + 1 < cu_seqlens.size(); ++i) {
+    documents.push_back({cu_seqlens[i], {0, cu_seqlens[i + 1] - cu_seqlens[i]}});
+  }
+  std::vector<std::vector<TaskRows>> items;
+  for (const std::span<const WorkItem>& rank : args.items) {
+    items.push_back(in_tokens(*args.plan, join_items(rank)));
+  }
+  backward_in_waves(problem, documents, items, dk, dv);
 }
 
 }  // namespace cpu

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <memory>
-#include <span>
 
 #include "backend.h"
 
@@ -20,13 +19,11 @@ class CpuBackend : public Backend {
 /// The SIMD kernels.
 class FusedBackend : public CpuBackend {
  public:
-  bool reads_lent_rows() const override { return true; }
-  void attend(const AttendArgs& args) override { attend_for_all({&args, 1}); }
-  void attend_backward(const AttendBackwardArgs& args) override {
-    attend_backward_for_all({&args, 1});
-  }
-  void attend_for_all(std::span<const AttendArgs> ranks) override;
-  void attend_backward_for_all(std::span<const AttendBackwardArgs> ranks) override;
+  bool attends_all() const override { return true; }
+  void attend(const AttendArgs& args) override;
+  void attend_backward(const AttendBackwardArgs& args) override;
+  void attend_all(const AttendAllArgs& args) override;
+  void attend_backward_all(const AttendBackwardAllArgs& args) override;
 };
 
 /// The plain twin: loops over the pairs of each row in float64, without blocks or panels.

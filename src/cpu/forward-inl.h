@@ -189,6 +189,7 @@ inline HWY_ATTR void finish_forward(const Problem& problem, const RowGroup& grou
                                     const Panel& panel, const ForwardScratch& scratch) {
   const float* out = scratch.out + scratch.columns * panel.offset;
   transpose(out, panel.width, problem.head_dim, panel.width, scratch.rows, scratch.stride);
+  LaneCursor lse_rows(problem, problem.lse, group, panel);
   for (int l = 0; l < panel.lanes; ++l) {
     const float sum = scratch.sum[panel.offset + l];
     const float scale = sum == 0 ? 0 : 1 / sum;
@@ -198,18 +199,16 @@ inline HWY_ATTR void finish_forward(const Problem& problem, const RowGroup& grou
     constexpr double kLn2 = 0.6931471805599453;
     const double lse = static_cast<double>(scratch.max[panel.offset + l]) * kLn2 +
                        std::log(static_cast<double>(sum));
-    *reinterpret_cast<float*>(lane_pointer(problem, problem.args->lse, group, panel, l)) =
-        static_cast<float>(lse);
+    *reinterpret_cast<float*>(lse_rows.at(l)) = static_cast<float>(lse);
   }
-  store_lanes(problem, problem.args->out, group, panel, scratch.stride, scratch.rows);
+  store_lanes(problem, problem.out, group, panel, scratch.stride, scratch.rows);
 }
 
 inline HWY_ATTR void forward_group(const Problem& problem, const RowGroup& group,
                                    std::byte* memory) {
   const ForwardScratch scratch(memory, problem.head_dim, group.width);
-  const AttendArgs& args = *problem.args;
   for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
-    load_lanes(problem, args.q, group, panel, scratch.stride, scratch.rows);
+    load_lanes(problem, problem.q, group, panel, scratch.stride, scratch.rows);
     transpose(scratch.rows, scratch.stride, panel.width, problem.head_dim,
               scratch.q + problem.head_dim * panel.offset, panel.width);
     sign_lanes(problem, problem.head_dim * panel.width,

@@ -22,10 +22,10 @@ struct KeyBlock {
 /// Keys that one micro-tile covers; ranges of keys are widened to multiples of it.
 inline constexpr std::int64_t kTileKeys = 8;
 
-/// K or V of a call: rows in the gathered order, wherever they are.
-struct KeyRows {
+/// A tensor of a call: its rows, wherever they are.
+struct TensorRows {
   LentRows own;                      // all rows, where they are in one tensor
-  std::span<const LentRows> pieces;  // else
+  std::span<const LentRows> pieces;  // else, in rising order
   DType dtype = DType::kFloat32;
   std::int64_t row_bytes = 0;  // of one head
   std::span<const LentRows> all() const {
@@ -35,11 +35,12 @@ struct KeyRows {
 
 /// What all tasks of a call share. Query head h = kv_head * group + member.
 struct Problem {
-  const AttendArgs* args = nullptr;
-  const AttendBackwardArgs* backward = nullptr;  // null in the forward
-  KeyRows k;
-  KeyRows v;
+  TensorRows q, k, v, out, lse;
+  TensorRows dout, dq;  // unset in the forward
+  Mask mask;
+  double scale = 1;
   std::int64_t head_dim = 0;
+  std::int64_t kv_heads = 0;
   std::int64_t group = 1;  // query heads of a KV head
   // Scores in units of log2: score_scale * q.k, or with a softcap cap * tanh(score_scale * q.k).
   // Kernels move the sign of score_scale into q.
@@ -56,8 +57,13 @@ struct Problem {
 struct TaskRows : WorkItem {
   std::int64_t jump_row = std::numeric_limits<std::int64_t>::max();  // the first late row
   std::int64_t jump = 0;                                             // positions left out before it
+  std::int64_t rows_left_out = 0;  // likewise of the tensors' rows
   std::int64_t position(std::int64_t row) const {
     return q_position + row + (row >= jump_row ? jump : 0);
+  }
+  /// The row of q, out, lse, dout and dq.
+  std::int64_t tensor_row(std::int64_t row) const {
+    return q_begin + row + (row >= jump_row ? rows_left_out : 0);
   }
 };
 
@@ -74,7 +80,6 @@ struct VisibleKeys {
 /// and the KV head's member l % group, so that all query heads of a KV head share its keys and
 /// neighbouring lanes see nearly the same keys.
 struct RowGroup {
-  const Problem* problem = nullptr;
   const TaskRows* item = nullptr;
   std::int64_t kv_head = 0;
   std::int64_t lane_begin = 0;
@@ -91,9 +96,19 @@ struct RowGroup {
 VisibleKeys visible_keys(const Problem& problem, const TaskRows& item, std::int64_t lane);
 
 /// The rows of a call cut into tasks of about `lanes` lanes (at most 1.5 times and a panel), of
-/// whole panels of `panel_lanes` where the rows suffice; heaviest first (ties in item order).
+/// whole panels of `panel_lanes` where the rows suffice, for KV head 0; heaviest first (ties in
+/// item order). All keys are fresh.
+std::vector<RowGroup> row_pieces(const Problem& problem, const std::vector<TaskRows>& items,
+                                 std::int64_t lanes, std::int64_t panel_lanes);
+
+/// The same for all KV heads, which stand together, with each document's gradients a unit of a
+/// head and fresh keys set for tasks that run in this order.
 std::vector<RowGroup> row_groups(const Problem& problem, const std::vector<TaskRows>& items,
                                  std::int64_t lanes, std::int64_t panel_lanes);
+
+/// Notes that keys are seen, and gives the longest stretch of them that were not before. `seen` is
+/// sorted and has gaps between its ranges.
+VisibleKeys see(const VisibleKeys& keys, std::vector<VisibleKeys>& seen);
 
 /// Rows [begin, end) of the gathered rows.
 struct RowRange {

@@ -39,7 +39,7 @@ HWY_INLINE hn::Mask<Floats> sees_vector(const PanelMask& mask, int vector, int k
 
 /// Keys [begin, end) of a block of K or V as float32 rows at `stride`; rows that the item lacks
 /// are 0. Returns whether all are finite.
-inline HWY_ATTR bool load_block(const KeyRows& x, const RowGroup& group, const KeyBlock& block,
+inline HWY_ATTR bool load_block(const TensorRows& x, const RowGroup& group, const KeyBlock& block,
                                 const BlockRange& range, std::int64_t head_dim, std::int64_t stride,
                                 float* to) {
   const std::int64_t columns = padded_columns(head_dim);
@@ -67,28 +67,28 @@ inline void clean_block(const float* from, std::int64_t stride, const BlockRange
 
 /// The rows of a panel's lanes as float32 at `stride`; rows of empty lanes are 0. Returns whether
 /// all are finite.
-inline HWY_ATTR bool load_lanes(const Problem& problem, const TensorView& x, const RowGroup& group,
+inline HWY_ATTR bool load_lanes(const Problem& problem, const TensorRows& x, const RowGroup& group,
                                 const Panel& panel, std::int64_t stride, float* to) {
   const std::int64_t columns = padded_columns(problem.head_dim);
   bool finite = true;
+  LaneCursor lanes(problem, x, group, panel);
   for (int l = 0; l < panel.width; ++l) {
     float* at = to + l * stride;
     if (l >= panel.lanes) {
       std::fill(at, at + columns, 0.0f);
     } else {
-      finite &= load_row(x.dtype, lane_pointer(problem, x, group, panel, l), problem.head_dim,
-                         columns, at);
+      finite &= load_row(x.dtype, lanes.at(l), problem.head_dim, columns, at);
     }
   }
   return finite;
 }
 
 /// Writes a panel's rows to the tensor.
-inline HWY_ATTR void store_lanes(const Problem& problem, const TensorView& x, const RowGroup& group,
+inline HWY_ATTR void store_lanes(const Problem& problem, const TensorRows& x, const RowGroup& group,
                                  const Panel& panel, std::int64_t stride, const float* from) {
+  LaneCursor lanes(problem, x, group, panel);
   for (int l = 0; l < panel.lanes; ++l) {
-    store_row(x.dtype, from + l * stride, problem.head_dim,
-              lane_pointer(problem, x, group, panel, l));
+    store_row(x.dtype, from + l * stride, problem.head_dim, lanes.at(l));
   }
 }
 

@@ -118,26 +118,57 @@ struct LaneMask {
   }
 };
 
-/// The first element of row `row`, head `head` of a [rows, heads, ...] tensor.
-inline std::byte* row_pointer(const TensorView& x, std::int64_t row, std::int64_t head) {
-  return static_cast<std::byte*>(x.data) +
-         (row * x.strides[0] + head * x.strides[1]) * item_size(x.dtype);
-}
+/// Finds rows of a tensor. They are asked for in rising order: a search is made only where the rows
+/// of one rank end.
+class RowCursor {
+ public:
+  explicit RowCursor(const TensorRows& x) : pieces_(x.all()) {}
+  std::byte* at(std::int64_t row, std::int64_t head) {
+    if (row < piece_.begin || row >= piece_.end) find(row);
+    return piece_.data + (row - piece_.begin) * piece_.row_stride + head * piece_.head_stride;
+  }
+  /// The rows that stand together with the last one asked for.
+  const LentRows& piece() const { return piece_; }
 
-/// The row and head of lane l of a panel in a tensor like q: [local_tokens, heads, ...].
-inline std::byte* lane_pointer(const Problem& problem, const TensorView& x, const RowGroup& group,
-                               const Panel& panel, int l) {
-  const std::int64_t lane = panel.lane_begin + l;
-  const std::int64_t head = group.kv_head * problem.group + lane % problem.group;
-  return row_pointer(x, group.item->q_begin + lane / problem.group, head);
-}
+ private:
+  void find(std::int64_t row) {
+    const auto next = std::upper_bound(
+        pieces_.begin(), pieces_.end(), row,
+        [](std::int64_t value, const LentRows& piece) { return value < piece.begin; });
+    piece_ = *std::prev(next);
+  }
 
-/// Finds the rows of a block's keys in k or v. Keys are asked for in rising order: a search is made
-/// only where the rows of one rank end.
+  std::span<const LentRows> pieces_;
+  LentRows piece_;
+};
+
+/// Finds the rows of a panel's lanes in a tensor like q, [tokens, heads, ...].
+class LaneCursor {
+ public:
+  LaneCursor(const Problem& problem, const TensorRows& x, const RowGroup& group, const Panel& panel)
+      : rows_(x),
+        item_(*group.item),
+        first_lane_(panel.lane_begin),
+        group_(problem.group),
+        first_head_(group.kv_head * problem.group) {}
+  std::byte* at(int l) {
+    const std::int64_t lane = first_lane_ + l;
+    return rows_.at(item_.tensor_row(lane / group_), first_head_ + lane % group_);
+  }
+
+ private:
+  RowCursor rows_;
+  const TaskRows& item_;
+  std::int64_t first_lane_;
+  std::int64_t group_;
+  std::int64_t first_head_;
+};
+
+/// Finds the rows of a block's keys in k or v.
 class KeyCursor {
  public:
-  KeyCursor(const KeyRows& x, const RowGroup& group, const KeyBlock& block)
-      : pieces_(x.all()),
+  KeyCursor(const TensorRows& x, const RowGroup& group, const KeyBlock& block)
+      : rows_(x),
         first_(block.begin - group.item->k_position),
         k_begin_(group.item->k_begin),
         k_count_(group.item->k_count),
@@ -147,32 +178,15 @@ class KeyCursor {
   const std::byte* row(int key) {
     const std::int64_t index = first_ + key;
     if (index < 0 || index >= k_count_) return nullptr;
-    const std::int64_t at = k_begin_ + index;
-    if (at < begin_ || at >= end_) find(at);
-    return data_ + (at - begin_) * row_stride_;
+    return rows_.at(k_begin_ + index, kv_head_);
   }
 
  private:
-  void find(std::int64_t at) {
-    const auto next =
-        std::upper_bound(pieces_.begin(), pieces_.end(), at,
-                         [](std::int64_t row, const LentRows& piece) { return row < piece.begin; });
-    const LentRows& piece = *std::prev(next);
-    begin_ = piece.begin;
-    end_ = piece.end;
-    row_stride_ = piece.row_stride;
-    data_ = piece.data + kv_head_ * piece.head_stride;
-  }
-
-  std::span<const LentRows> pieces_;
+  RowCursor rows_;
   std::int64_t first_;
   std::int64_t k_begin_;
   std::int64_t k_count_;
   std::int64_t kv_head_;
-  std::int64_t begin_ = 0;
-  std::int64_t end_ = 0;
-  std::int64_t row_stride_ = 0;
-  const std::byte* data_ = nullptr;
 };
 
 /// Panels that a group is cut into when each is `lanes` wide.
@@ -182,7 +196,7 @@ inline std::int64_t panel_count(const RowGroup& group, std::int64_t lanes) {
 
 /// Calls the rows of a block that the item has, part `part` of `parts` of them, towards the cache:
 /// between panels, so that the next block is there when its turn comes.
-inline void prefetch_block(const KeyRows& x, const RowGroup& group, const KeyBlock& block,
+inline void prefetch_block(const TensorRows& x, const RowGroup& group, const KeyBlock& block,
                            std::int64_t part, std::int64_t parts) {
   if (block.begin >= group.keys.end) return;
   KeyCursor keys(x, group, block);

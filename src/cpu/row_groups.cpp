@@ -59,30 +59,6 @@ std::vector<std::int64_t> piece_cuts(const Problem& problem, const TaskRows& ite
   return keys_loaded(problem, item, parted) < keys_loaded(problem, item, joined) ? parted : joined;
 }
 
-// Notes that keys are seen, and gives the longest stretch of them that were not before. `seen` is
-// sorted and has gaps between its ranges.
-VisibleKeys see(const VisibleKeys& keys, std::vector<VisibleKeys>& seen) {
-  if (keys.first >= keys.end) return {keys.first, keys.first};
-  const auto begin =
-      std::lower_bound(seen.begin(), seen.end(), keys.first,
-                       [](const VisibleKeys& range, std::int64_t key) { return range.end < key; });
-  VisibleKeys whole = keys;
-  VisibleKeys fresh{keys.first, keys.first};
-  const auto offer = [&fresh](std::int64_t first, std::int64_t end) {
-    if (end - first > fresh.end - fresh.first) fresh = {first, end};
-  };
-  std::int64_t from = keys.first;
-  auto end = begin;
-  for (; end != seen.end() && end->first <= keys.end; ++end) {
-    offer(from, end->first);
-    from = end->end;
-    whole = {std::min(whole.first, end->first), std::max(whole.end, end->end)};
-  }
-  offer(from, keys.end);
-  seen.insert(seen.erase(begin, end), whole);
-  return fresh;
-}
-
 void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -92,7 +68,7 @@ void relax() {
 }  // namespace
 
 VisibleKeys visible_keys(const Problem& problem, const TaskRows& item, std::int64_t lane) {
-  const Mask& mask = problem.args->mask;
+  const Mask& mask = problem.mask;
   const std::int64_t position = item.position(lane / problem.group);
   const std::int64_t end_of_keys = item.k_position + item.k_count;
   VisibleKeys keys{std::max(mask.first_key(position), item.k_position),
@@ -128,15 +104,14 @@ std::vector<TaskRows> join_items(std::span<const WorkItem> items) {
   return joined;
 }
 
-std::vector<RowGroup> row_groups(const Problem& problem, const std::vector<TaskRows>& items,
+std::vector<RowGroup> row_pieces(const Problem& problem, const std::vector<TaskRows>& items,
                                  std::int64_t lanes, std::int64_t panel_lanes) {
-  std::vector<RowGroup> pieces;  // of one head
+  std::vector<RowGroup> pieces;
   for (const TaskRows& item : items) {
     if (item.q_count == 0) continue;
     const std::vector<std::int64_t> cuts = piece_cuts(problem, item, lanes, panel_lanes);
     for (std::size_t piece = 0; piece + 1 < cuts.size(); ++piece) {
       RowGroup group;
-      group.problem = &problem;
       group.item = &item;
       group.lane_begin = cuts[piece];
       group.lane_end = cuts[piece + 1];
@@ -146,25 +121,53 @@ std::vector<RowGroup> row_groups(const Problem& problem, const std::vector<TaskR
       }
       group.keys.first = visible_keys(problem, item, group.lane_begin).first;
       group.keys.end = visible_keys(problem, item, group.lane_end - 1).end;
+      group.fresh = group.keys;
       group.cost = visible_pairs(problem, item, group.lane_begin, group.lane_end);
       pieces.push_back(group);
     }
   }
   std::stable_sort(pieces.begin(), pieces.end(),
                    [](const RowGroup& a, const RowGroup& b) { return a.cost > b.cost; });
-  const std::int64_t kv_heads = problem.args->k.shape[1];
+  return pieces;
+}
+
+std::vector<RowGroup> row_groups(const Problem& problem, const std::vector<TaskRows>& items,
+                                 std::int64_t lanes, std::int64_t panel_lanes) {
+  std::vector<RowGroup> pieces = row_pieces(problem, items, lanes, panel_lanes);
   std::vector<RowGroup> groups;
-  groups.reserve(pieces.size() * static_cast<std::size_t>(kv_heads));
+  groups.reserve(pieces.size() * static_cast<std::size_t>(problem.kv_heads));
   std::unordered_map<std::int64_t, std::vector<VisibleKeys>> seen;  // of each document
   for (RowGroup& group : pieces) {
     group.fresh = see(group.keys, seen[group.item->document]);
-    for (std::int64_t head = 0; head < kv_heads; ++head) {
+    for (std::int64_t head = 0; head < problem.kv_heads; ++head) {
       group.kv_head = head;
-      group.unit = group.item->document * kv_heads + head;
+      group.unit = group.item->document * problem.kv_heads + head;
       groups.push_back(group);
     }
   }
   return groups;
+}
+
+VisibleKeys see(const VisibleKeys& keys, std::vector<VisibleKeys>& seen) {
+  if (keys.first >= keys.end) return {keys.first, keys.first};
+  const auto begin =
+      std::lower_bound(seen.begin(), seen.end(), keys.first,
+                       [](const VisibleKeys& range, std::int64_t key) { return range.end < key; });
+  VisibleKeys whole = keys;
+  VisibleKeys fresh{keys.first, keys.first};
+  const auto offer = [&fresh](std::int64_t first, std::int64_t end) {
+    if (end - first > fresh.end - fresh.first) fresh = {first, end};
+  };
+  std::int64_t from = keys.first;
+  auto end = begin;
+  for (; end != seen.end() && end->first <= keys.end; ++end) {
+    offer(from, end->first);
+    from = end->end;
+    whole = {std::min(whole.first, end->first), std::max(whole.end, end->end)};
+  }
+  offer(from, keys.end);
+  seen.insert(seen.erase(begin, end), whole);
+  return fresh;
 }
 
 std::vector<RowRange> rows_without_tasks(const std::vector<RowGroup>& groups, std::int64_t rows) {
