@@ -45,8 +45,9 @@ TEST_P(EveryPack, MatchesTheReference) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Ranks, EveryPack, testing::ValuesIn(kWorldSizes),
-                         [](const auto& world) { return "W" + std::to_string(world.param); });
+INSTANTIATE_TEST_SUITE_P(Ranks, EveryPack, testing::ValuesIn(kWorldSizes), [](const auto& world) {
+  return std::string("W").append(std::to_string(world.param));
+});
 
 TEST(AttentionOptions, EveryMask) {
   const std::array<Mask, 9> masks{{{true, -1, -1},

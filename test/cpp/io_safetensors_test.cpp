@@ -230,7 +230,7 @@ TEST(IoSafetensorsHeader, DeepAndLongHeadersNeitherOverflowNorHang) {
   }
   std::string many = "{";
   for (int i = 0; i < 100'000; ++i) {
-    many += "\"" + std::to_string(i) + "\":" + entry("U8", "[0]", "[0,0]") + ",";
+    many += std::string("\"").append(std::to_string(i)) + "\":" + entry("U8", "[0]", "[0,0]") + ",";
   }
   many.back() = '}';
   EXPECT_EQ(parse_safetensors_header(many, 8 + many.size()).tensors.size(), 100'000U);
