@@ -279,13 +279,9 @@ inline HWY_ATTR void backward_group(const Problem& problem, const BackwardTask& 
     }
     std::fill(scratch.dk + all.begin * scratch.stride, scratch.dk + all.end * scratch.stride, 0.0f);
     std::fill(scratch.dv + all.begin * scratch.stride, scratch.dv + all.end * scratch.stride, 0.0f);
-    const KeyBlock next{block.end(), block.keys};
-    std::int64_t part = 0;
+    Prefetcher ahead(problem, group, {block.end(), block.keys}, parts, &task.sums, block);
     for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
-      prefetch_block(problem.k, group, next, part, parts);
-      prefetch_block(problem.v, group, next, part, parts);
-      prefetch_sums(task.sums, problem, group, block, part, parts);
-      ++part;
+      ahead.step();
       const BlockRange range = block_range(panel.first, panel.last, block, kTileKeys);
       if (range.empty()) return;
       switch (panel.width / kVectorLanes) {

@@ -280,13 +280,9 @@ inline void backward_group(const Problem& problem, const BackwardTask& task, std
                      scratch.k_columns);
     std::fill_n(scratch.dk, kBlockKeys * columns, 0.0f);
     std::fill_n(scratch.dv, kBlockKeys * columns, 0.0f);
-    const KeyBlock next{block.end(), block.keys};
-    std::int64_t part = 0;
+    Prefetcher ahead(problem, group, {block.end(), block.keys}, parts, &task.sums, block);
     for_each_panel(problem, group, next_width, [&](const Panel& panel) {
-      prefetch_block(problem.k, group, next, part, parts);
-      prefetch_block(problem.v, group, next, part, parts);
-      prefetch_sums(task.sums, problem, group, block, part, parts);
-      ++part;
+      ahead.step();
       const BlockRange range = block_range(panel.first, panel.last, block, kUnit);
       if (range.empty()) return;
       backward_block(problem, group, panel, block, range, finite_k && finite_rows, scratch);

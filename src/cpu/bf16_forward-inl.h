@@ -166,7 +166,7 @@ inline void add_special(const Problem& problem, const PanelMask& mask, const Pan
 /// One panel against one block of keys.
 inline void forward_block(const Problem& problem, const RowGroup& group, const Panel& panel,
                           const KeyBlock& block, const BlockRange& range, bool finite,
-                          const Bf16ForwardScratch& scratch) {
+                          Prefetcher& ahead, const Bf16ForwardScratch& scratch) {
   const std::int64_t columns = scratch.columns;
   const std::uint32_t* q = scratch.q + columns / 2 * panel.offset;
   float* out = scratch.out + columns * panel.offset;
@@ -174,6 +174,7 @@ inline void forward_block(const Problem& problem, const RowGroup& group, const P
   if (!range.full() || !finite) mask.set(problem, group, panel, block);
   PendingKeys pending{{range.begin, range.begin}};
   for (int key = range.begin; key < range.end; key += kUnit) {
+    ahead.step();
     for (int half = 0; half < panel.width; half += kUnit) {
       Engine::multiply(scratch.k_rows + key * columns, columns * 32, q + half * columns / 2,
                        columns * 32, scratch.scores + half * kUnit, kUnit * 64, columns / kUnit,
@@ -231,14 +232,11 @@ inline void forward_group(const Problem& problem, const RowGroup& group, std::by
         copy_block(problem.v, group, block, all, problem.head_dim, columns, scratch.block);
     columns_of_block(scratch.block, columns, all, kForwardKeys, !finite, scratch.pairs,
                      scratch.v_columns);
-    const KeyBlock next{block.end(), block.keys};
-    std::int64_t part = 0;
+    Prefetcher ahead(problem, group, {block.end(), block.keys}, parts * kForwardKeys / kUnit);
     for_each_panel(problem, group, next_width, [&](const Panel& panel) {
-      prefetch_block(problem.k, group, next, part, parts);
-      prefetch_block(problem.v, group, next, part, parts);
-      ++part;
       const BlockRange range = block_range(panel.first, panel.last, block, kUnit);
-      if (!range.empty()) forward_block(problem, group, panel, block, range, finite, scratch);
+      if (!range.empty())
+        forward_block(problem, group, panel, block, range, finite, ahead, scratch);
     });
   }
   for_each_panel(problem, group, next_width,

@@ -229,12 +229,9 @@ inline HWY_ATTR void forward_group(const Problem& problem, const RowGroup& group
     if (!finite) {
       clean_block(scratch.v, scratch.stride, all, scratch.columns, scratch.v_clean);
     }
-    const KeyBlock next{block.end(), block.keys};
-    std::int64_t part = 0;
+    Prefetcher ahead(problem, group, {block.end(), block.keys}, parts);
     for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
-      prefetch_block(problem.k, group, next, part, parts);
-      prefetch_block(problem.v, group, next, part, parts);
-      ++part;
+      ahead.step();
       const BlockRange range = block_range(panel.first, panel.last, block, kTileKeys);
       if (range.empty()) return;
       switch (panel.width / kVectorLanes) {

@@ -194,36 +194,56 @@ inline std::int64_t panel_count(const RowGroup& group, std::int64_t lanes) {
   return (group.lane_end - group.lane_begin + lanes - 1) / lanes;
 }
 
-/// Calls the rows of a block that the item has, part `part` of `parts` of them, towards the cache:
-/// between panels, so that the next block is there when its turn comes.
-inline void prefetch_block(const TensorRows& x, const RowGroup& group, const KeyBlock& block,
-                           std::int64_t part, std::int64_t parts) {
-  if (block.begin >= group.keys.end) return;
-  KeyCursor keys(x, group, block);
-  for (std::int64_t key = block.keys * part / parts; key < block.keys * (part + 1) / parts; ++key) {
-    const std::byte* row = keys.row(static_cast<int>(key));
-    if (row == nullptr) continue;
-    for (std::int64_t byte = 0; byte < x.row_bytes; byte += 64) {
-      __builtin_prefetch(row + byte, 0, 2);
-    }
+/// Calls what the next block needs towards the cache, a few rows a step: a core has few lines on
+/// their way at a time, and waits when it asks for more.
+class Prefetcher {
+ public:
+  /// Spreads the keys of `block` over `steps` steps. With `sums`, the sums of `summed` too.
+  Prefetcher(const Problem& problem, const RowGroup& group, const KeyBlock& block,
+             std::int64_t steps, const GradientSums* sums = nullptr, const KeyBlock& summed = {})
+      : k_(problem.k, group, block),
+        v_(problem.v, group, block),
+        row_bytes_(problem.k.row_bytes),
+        end_(std::clamp<std::int64_t>(group.keys.end - block.begin, 0, block.keys)),
+        a_step_((block.keys + steps - 1) / steps),
+        head_dim_(problem.head_dim) {
+    if (sums == nullptr) return;
+    sums_ = *sums;
+    const std::int64_t first_row = group.item->k_begin - group.item->k_position - sums_.first_row;
+    sum_row_ = first_row + std::max(group.keys.first, summed.begin);
+    sum_end_ = first_row + std::min(group.keys.end, summed.end());
   }
-}
 
-/// Likewise the sums that a block's dK and dV will be added to.
-inline void prefetch_sums(const GradientSums& sums, const Problem& problem, const RowGroup& group,
-                          const KeyBlock& block, std::int64_t part, std::int64_t parts) {
-  const WorkItem& item = *group.item;
-  const std::int64_t first = block.begin - item.k_position;
-  const std::int64_t begin = std::max<std::int64_t>(0, first + block.keys * part / parts);
-  const std::int64_t end = std::min(item.k_count, first + block.keys * (part + 1) / parts);
-  for (std::int64_t row = begin; row < end; ++row) {
-    const std::int64_t at = item.k_begin + row - sums.first_row;
-    for (std::int64_t c = 0; c < problem.head_dim; c += 16) {
-      __builtin_prefetch(sums.dk + at * sums.stride_k + c, 1, 2);
-      __builtin_prefetch(sums.dv + at * sums.stride_v + c, 1, 2);
+  void step() {
+    for (std::int64_t i = 0; i < a_step_ && key_ < end_; ++i, ++key_) {
+      for (KeyCursor* keys : {&k_, &v_}) {
+        const std::byte* row = keys->row(static_cast<int>(key_));
+        if (row == nullptr) continue;
+        for (std::int64_t byte = 0; byte < row_bytes_; byte += 64) {
+          __builtin_prefetch(row + byte, 0, 2);
+        }
+      }
+    }
+    for (std::int64_t i = 0; i < a_step_ && sum_row_ < sum_end_; ++i, ++sum_row_) {
+      for (std::int64_t c = 0; c < head_dim_; c += 16) {
+        __builtin_prefetch(sums_.dk + sum_row_ * sums_.stride_k + c, 1, 2);
+        __builtin_prefetch(sums_.dv + sum_row_ * sums_.stride_v + c, 1, 2);
+      }
     }
   }
-}
+
+ private:
+  KeyCursor k_;
+  KeyCursor v_;
+  std::int64_t row_bytes_;
+  std::int64_t key_ = 0;
+  std::int64_t end_;
+  std::int64_t a_step_;
+  std::int64_t head_dim_;
+  GradientSums sums_;
+  std::int64_t sum_row_ = 0;
+  std::int64_t sum_end_ = 0;
+};
 
 /// Calls use(key, dk, dv, fresh) for the keys of a block that a task's lanes see, counted from the
 /// block's start: where they are summed, and whether nothing is there yet.
