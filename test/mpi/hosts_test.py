@@ -18,8 +18,8 @@ from hosts import Cluster, Job, enter_laboratory, run, scratch
 from lossy_wire import BadCluster
 
 DEADLINE_S = 2.0
-# For a machine that is busy with other work.
-SLACK_S = 5.0
+# For a machine that is busy with other work; on a quiet one ranks need less than a second of it.
+SLACK_S = 20.0
 ZIGZAG, COMM_MPI_TEST, FAILING_RANK = (Path(p).resolve() for p in sys.argv[1:4])
 
 PACK = ["--lengths", "700,0,33,1,256,5,90", "--heads", 4, "--kv-heads", 2, "--head-dim", 64]
@@ -137,7 +137,9 @@ class FailureTest(unittest.TestCase):
         while not all(c.exists() and c.read_text() for c in codes) and time.time() < latest:
             time.sleep(0.02)
         running = [p for host in job.hosts for p in host.processes()]
-        self.assertFalse([p for p in running if p.split()[1] in ("failing_rank", "zigzag")])
+        said = {f.name: f.read_text() for f in scratch().glob("*.words")}
+        running = [p for p in running if p.split()[1] in ("failing_rank", "zigzag")]
+        self.assertFalse(running, f"still running; the ranks said: {said}")
         took = []
         killed = 0
         for rank, code in zip(survivors, codes, strict=True):
