@@ -250,8 +250,10 @@ inline void add_gradients(const Problem& problem, const RowGroup& group, const K
       const std::int64_t from = c * kBlockKeys + key * 16;
       const __m512 old_dk = _mm512_maskz_loadu_ps(old, dk + c);
       const __m512 old_dv = _mm512_maskz_loadu_ps(old, dv + c);
-      _mm512_mask_storeu_ps(dk + c, part,
-                            _mm512_fmadd_ps(_mm512_load_ps(scratch.dk + from), scale, old_dk));
+      // Not fused: a first addition rounds what a later one adds, so that sums of several ranks are
+      // the same whether each has its own first or not.
+      const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(scratch.dk + from), scale);
+      _mm512_mask_storeu_ps(dk + c, part, _mm512_add_ps(scaled, old_dk));
       _mm512_mask_storeu_ps(dv + c, part, _mm512_add_ps(_mm512_load_ps(scratch.dv + from), old_dv));
     }
   });

@@ -64,6 +64,25 @@ TEST_P(Bits, RepeatedCallsGiveTheSameBits) {
   }
 }
 
+// run_case compares ranks that lend with ranks that gather. Here a rank's rows are several tasks,
+// so that sums of ranks are more than one addition to a key.
+TEST_P(Bits, LongDocumentsOverRanksThatLendAndGather) {
+  for (const Mask& mask : {Mask{}, Mask{false, -1, -1}, Mask{true, 100, -1}, Mask{true, 1500, -1},
+                           Mask{false, 33, 70}}) {
+    AttentionCase problem = mixed_case(GetParam(), true);
+    problem.lengths = {5, 2900, 0, 700, 64};
+    problem.heads = 4;
+    problem.kv_heads = 1;
+    problem.head_dim = 32;
+    problem.options.mask = mask;
+    const AttentionResult one = run_case(problem, 1);
+    for (const int world : {2, 3, 5}) {
+      SCOPED_TRACE(std::to_string(world) + " ranks, " + problem.text());
+      expect_same_bits(run_case(problem, world), one, false);
+    }
+  }
+}
+
 TEST_P(Bits, StagesGiveTheSameBits) {
   AttentionCase problem = mixed_case(GetParam(), false);
   problem.options.kv_heads_per_stage = 2;

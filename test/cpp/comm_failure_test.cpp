@@ -124,6 +124,37 @@ TEST(CommAbort, WakesWaitingRanksWithTheReason) {
   EXPECT_EQ(outcomes[2], "exception: own");
 }
 
+TEST(CommAbort, ALoanEndsOnlyWhenAllHaveEndedIt) {
+  std::atomic<int> ended{0};
+  const auto outcomes = run_and_stay(3, [&](const Communicator& communicator) {
+    const auto loan = communicator.transport().lend({}, {.name = "a loan"});
+    if (communicator.rank() == 0) {
+      std::this_thread::sleep_for(20ms);
+      EXPECT_EQ(ended, 0);
+    }
+    loan->end();
+    ++ended;
+  });
+  EXPECT_THAT(outcomes, testing::Each(""));
+}
+
+TEST(CommAbort, RanksThatLendHearOfTheFailureOfTheOneThatComputes) {
+  const auto outcomes = run_and_stay(3, [](const Communicator& communicator) {
+    const auto loan = communicator.transport().lend({}, {.name = "a loan"});
+    if (communicator.rank() == 0) {
+      communicator.abort("out of memory: 5 GB");
+      throw std::runtime_error("own");
+    }
+    loan->end();
+  });
+  EXPECT_EQ(outcomes[0], "exception: own");
+  for (const int r : {1, 2}) {
+    EXPECT_EQ(outcomes[static_cast<std::size_t>(r)],
+              "CommunicationError: rank " + std::to_string(r) +
+                  " stopped in a loan: rank 0 failed: out of memory: 5 GB");
+  }
+}
+
 TEST(CommAbort, LaterCallsFailAtOnce) {
   const auto outcomes = run_and_stay(2, [](const Communicator& communicator) {
     if (communicator.rank() == 1) communicator.abort("broken");

@@ -188,6 +188,12 @@ AttentionResult run_case(const AttentionCase& problem, int world_size) {
     run_ranks(world_size, [&](const Communicator& communicator) {
       run_rank(problem, plan, communicator, result);
     });
+    // Ranks of one process lend their tensors: those that cannot must give the same bits.
+    AttentionResult gathered = make_result(problem);
+    run_ranks(world_size, [&](const Communicator& communicator) {
+      run_rank(problem, plan, gathering(communicator), gathered);
+    });
+    expect_same_bits(gathered, result, true);
   }
   return result;
 }

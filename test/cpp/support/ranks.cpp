@@ -36,8 +36,10 @@ std::vector<std::exception_ptr> run(int world_size,
 
 class DelayedTransport final : public comm::Transport {
  public:
-  DelayedTransport(Communicator inner, std::uint64_t seed)
-      : inner_(std::move(inner)), stream_(mix(seed, static_cast<std::uint64_t>(inner_.rank()))) {}
+  DelayedTransport(Communicator inner, std::uint64_t seed, int most_microseconds)
+      : inner_(std::move(inner)),
+        stream_(mix(seed, static_cast<std::uint64_t>(inner_.rank()))),
+        most_microseconds_(most_microseconds) {}
 
   int rank() const override { return inner_.rank(); }
   int size() const override { return inner_.size(); }
@@ -65,10 +67,14 @@ class DelayedTransport final : public comm::Transport {
   }
 
  private:
-  void wait() { std::this_thread::sleep_for(std::chrono::microseconds(stream_.integer(0, 3000))); }
+  void wait() {
+    if (most_microseconds_ == 0) return;
+    std::this_thread::sleep_for(std::chrono::microseconds(stream_.integer(0, most_microseconds_)));
+  }
 
   Communicator inner_;
   Stream stream_;
+  int most_microseconds_;
 };
 
 class ForbiddenTransport final : public comm::Transport {
@@ -130,7 +136,11 @@ std::vector<std::string> collect_ranks(int world_size,
 }
 
 Communicator delayed(const Communicator& communicator, std::uint64_t seed) {
-  return Communicator(std::make_shared<DelayedTransport>(communicator, seed));
+  return Communicator(std::make_shared<DelayedTransport>(communicator, seed, 3000));
+}
+
+Communicator gathering(const Communicator& communicator) {
+  return Communicator(std::make_shared<DelayedTransport>(communicator, 0, 0));
 }
 
 Communicator forbidden() { return Communicator(std::make_shared<ForbiddenTransport>()); }

@@ -22,6 +22,9 @@ std::vector<std::string> collect_ranks(int world_size,
 /// Wraps a rank's transport so that it comes late: a different, seeded moment at every exchange.
 Communicator delayed(const Communicator& communicator, std::uint64_t seed);
 
+/// Wraps a rank's transport so that it gathers and reduces, as ranks of several processes do.
+Communicator gathering(const Communicator& communicator);
+
 /// A group of one rank whose every exchange throws: nothing may call it.
 Communicator forbidden();
 
