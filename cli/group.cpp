@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <exception>
 #include <new>
+#include <system_error>
 #include <thread>
 
 #include <fmt/format.h>
@@ -180,10 +181,19 @@ void Group::run(const std::function<void(const Communicator&, Device)>& work) co
   const std::vector<Communicator> communicators = Communicator::threads(size_);
   std::vector<std::exception_ptr> errors(communicators.size());
   std::vector<std::thread> threads;
-  for (std::size_t r = 0; r < communicators.size(); ++r) {
-    threads.emplace_back([&, r] { guarded(communicators[r], errors[r]); });
+  std::string refused;
+  threads.reserve(communicators.size());
+  for (std::size_t r = 0; r < communicators.size() && refused.empty(); ++r) {
+    try {
+      threads.emplace_back([&, r] { guarded(communicators[r], errors[r]); });
+    } catch (const std::system_error& error) {
+      refused = fmt::format("the system refused a thread for rank {} of {}: {}; use fewer ranks", r,
+                            size_, error.code().message());
+      communicators[r].abort(refused);
+    }
   }
   for (std::thread& thread : threads) thread.join();
+  if (!refused.empty()) throw EnvironmentError(refused);
   rethrow_first_cause(errors);
 }
 

@@ -114,7 +114,8 @@ void print_memory(const RunReport& report) {
        fmt::format("dK and dV in float32, {} of {} KV heads at a time, before the sum over ranks",
                    m.stage, kv_heads));
   const double named = m.inputs + m.results + m.whole + m.gathered + m.partials;
-  line(std::max(0.0, m.peak - named), "program, threads, tables and scratch of the kernels");
+  line(std::max(0.0, m.peak - named),
+       "program, threads, tables, scratch, and float32 sums of a few documents and KV heads");
   fmt::print("All but the last are linear in the tokens; nothing grows with their square.\n");
 }
 
@@ -128,7 +129,7 @@ MemoryReport measure_memory(const Job& job, const Group& group,
   const auto item = static_cast<double>(item_size(job.source->dtype()));
   const bool host = group.device() == "cpu";
   const Kernels kernels = job.attention.kernels.value_or(default_kernels());
-  // Rank threads read K and V where the others hold them.
+  // Rank threads read K and V where the others hold them, and have no partials.
   const bool in_place = host && group.comm() == "threads" && kernels == Kernels::kFused;
   memory.stage = job.attention.kv_heads_per_stage > 0
                      ? job.attention.kv_heads_per_stage
@@ -148,7 +149,8 @@ MemoryReport measure_memory(const Job& job, const Group& group,
     if (job.backward) memory.results += rows * item * (q_row + 2 * k_row);
     if (plan.world_size() == 1) continue;
     const auto keys = static_cast<double>(gathered[static_cast<std::size_t>(r)]);
-    if (!in_place) memory.gathered += 2 * keys * stage_row * item;
+    if (in_place) continue;
+    memory.gathered += 2 * keys * stage_row * item;
     if (job.backward) memory.partials += 2 * keys * stage_row * 4;
   }
   if (job.keep_results) {

@@ -13,6 +13,7 @@ ThreadGroup::ThreadGroup(int size, double timeout)
     : timeout_(timeout),
       offers_(static_cast<std::size_t>(size)),
       here_(static_cast<std::size_t>(size), 0),
+      reading_(static_cast<std::size_t>(size), 0),
       left_(static_cast<std::size_t>(size), 0) {}
 
 std::vector<int> ThreadGroup::missing() const {
@@ -54,7 +55,7 @@ void ThreadGroup::meet(int rank, const Offer& offer) {
   const auto self = static_cast<std::size_t>(rank);
   std::unique_lock lock(mutex_);
   if (failure_) throw_failure(rank, offer, false);
-  if (here_[self] != 0) {
+  if (here_[self] != 0 || reading_[self] != 0) {
     throw CommunicationError(
         fmt::format("rank {} came to {} while another thread waits in {} with the communicator of "
                     "the same rank; one thread at a time may use it",
@@ -66,6 +67,7 @@ void ThreadGroup::meet(int rank, const Offer& offer) {
   if (++arrived_ == size()) {
     arrived_ = 0;
     std::fill(here_.begin(), here_.end(), char{0});
+    std::fill(reading_.begin(), reading_.end(), char{1});
     readers_ = size();
     ++meetings_;
     lock.unlock();
@@ -85,8 +87,9 @@ void ThreadGroup::meet(int rank, const Offer& offer) {
 
 // Says whether the group was well when the last one came. It holds until this rank has come to the
 // next meeting.
-bool ThreadGroup::part_together() noexcept {
+bool ThreadGroup::part_together(int rank) noexcept {
   std::unique_lock lock(mutex_);
+  reading_[static_cast<std::size_t>(rank)] = 0;
   const std::uint64_t parting = partings_;
   if (--readers_ == 0) {
     ++partings_;
@@ -100,10 +103,10 @@ bool ThreadGroup::part_together() noexcept {
   return parted_well_;
 }
 
-void ThreadGroup::part() noexcept { part_together(); }
+void ThreadGroup::part(int rank) noexcept { part_together(rank); }
 
 void ThreadGroup::part_or_throw(int rank) {
-  if (part_together()) return;
+  if (part_together(rank)) return;
   const std::scoped_lock lock(mutex_);
   throw_failure(rank, offers_[static_cast<std::size_t>(rank)], false);
 }

@@ -41,7 +41,7 @@ class ThreadGroup {
   const Offer& offer(int rank) const { return offers_[static_cast<std::size_t>(rank)]; }
   /// Waits until all ranks have read what they came for. Never throws, so that memory on offer is
   /// not freed under a reader: readers only copy or compute, which ends.
-  void part() noexcept;
+  void part(int rank) noexcept;
   /// The same, but throws CommunicationError when the group had failed before all came.
   void part_or_throw(int rank);
   /// Ends the group: all waits throw with this reason.
@@ -57,7 +57,7 @@ class ThreadGroup {
     std::string step;
   };
 
-  bool part_together() noexcept;
+  bool part_together(int rank) noexcept;
   std::vector<int> missing() const;
   [[noreturn]] void throw_failure(int rank, const Offer& offer, bool waited) const;
   void check_left(const Offer& offer);
@@ -67,7 +67,8 @@ class ThreadGroup {
   std::condition_variable met_;
   std::condition_variable parted_;
   std::vector<Offer> offers_;
-  std::vector<char> here_;  // by rank: has come to the meeting under way
+  std::vector<char> here_;     // by rank: has come to the meeting under way
+  std::vector<char> reading_;  // by rank: between meet() and part()
   std::vector<char> left_;
   std::uint64_t meetings_ = 0;
   std::uint64_t partings_ = 0;

@@ -106,12 +106,12 @@ class ThreadsTransport final : public Transport {
       try {
         transport.check_offers(offer);
       } catch (...) {
-        group_.part();
+        group_.part(rank_);
         throw;
       }
     }
     ~Meeting() {
-      if (!parted_) group_.part();
+      if (!parted_) group_.part(rank_);
     }
     void part_or_throw() {
       parted_ = true;

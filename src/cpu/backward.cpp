@@ -256,8 +256,10 @@ void backward_in_waves(const Problem& problem, const std::vector<DocumentRows>& 
       rest.units.push_back({document, head});
     }
   }
+  std::int64_t most = 0;
+  for (const Wave& wave : waves) most = std::max(most, wave.floats);
+  const std::shared_ptr<void> memory = pooled_pages(most * std::int64_t{sizeof(float)});
   for (Wave& wave : waves) {
-    const std::shared_ptr<void> memory = pooled_pages(wave.floats * std::int64_t{sizeof(float)});
     std::unordered_map<std::int64_t, GradientSums> sums;
     auto* at = static_cast<float*>(memory.get());
     struct Job {
