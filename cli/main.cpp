@@ -128,6 +128,7 @@ int main(int argc, char** argv) {
   const auto fail = [](int code, const std::string& sentence) {
     cli::say(fmt::format("zigzag: {}", sentence));
     comm::linger_before_exit();
+    comm::end_if_mpi_failed(code);
     return code;
   };
   try {

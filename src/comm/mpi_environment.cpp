@@ -3,6 +3,7 @@
 #include <atomic>
 #include <chrono>
 #include <csignal>
+#include <cstdio>
 #include <cstdlib>
 #include <thread>
 #include <utility>
@@ -74,6 +75,12 @@ bool started_by_mpi_launcher() {
 void linger_before_exit() {
   if (!started_by_mpi_launcher()) return;
   std::this_thread::sleep_for(std::chrono::milliseconds(500));
+}
+
+void end_if_mpi_failed(int code) {
+  if (!g_failed) return;
+  std::fflush(nullptr);
+  std::_Exit(code);
 }
 
 bool has_mpi() { return true; }

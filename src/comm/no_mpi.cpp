@@ -30,6 +30,8 @@ bool started_by_mpi_launcher() { return false; }
 
 void linger_before_exit() {}
 
+void end_if_mpi_failed(int /*code*/) {}
+
 bool has_mpi() { return false; }
 
 std::string mpi_description() { return kHow; }

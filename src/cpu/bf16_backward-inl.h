@@ -21,10 +21,10 @@ struct Bf16BackwardScratch {
     dv = carver.floats(kBlockKeys * columns);
     scores = carver.floats(kUnit * kUnit);
     products = carver.floats(kUnit * kUnit);
-    weights = carver.take<std::uint16_t>(kBlockKeys * kBf16PanelLanes);
-    dscores = carver.take<std::uint16_t>(kBlockKeys * kBf16PanelLanes);
-    dscore_pairs = carver.take<std::uint32_t>(kBlockKeys / 2 * kBf16PanelLanes);
-    rows = carver.take<std::uint16_t>(kBf16PanelLanes * columns * 2);
+    weights = carver.take<std::uint16_t>(kBlockKeys * kBackwardLanes);
+    dscores = carver.take<std::uint16_t>(kBlockKeys * kBackwardLanes);
+    dscore_pairs = carver.take<std::uint32_t>(kBlockKeys / 2 * kBackwardLanes);
+    rows = carver.take<std::uint16_t>(kBackwardLanes * columns * 2);
     bytes = carver.bytes();
   }
   // In the layouts of bf16_pack-inl.h unless a shape stands here.
@@ -48,7 +48,7 @@ struct Bf16BackwardScratch {
   std::uint16_t* weights;       // rows: keys by lanes
   std::uint16_t* dscores;       // likewise
   std::uint32_t* dscore_pairs;  // lanes of pairs of keys
-  std::uint16_t* rows;          // two of [kBf16PanelLanes, columns]
+  std::uint16_t* rows;          // two of [kBackwardLanes, columns]
   std::size_t bytes;
 };
 
@@ -169,8 +169,14 @@ inline void backward_block(const Problem& problem, const RowGroup& group, const 
   // Empty lanes add to dk and dv, so they must be masked too.
   const bool masked = !range.full() || panel.lanes < width;
   if (masked || !finite) mask.set(problem, group, panel, block);
-  for (int key = range.begin; key < range.end; key += kUnit) {
-    for (int lane = 0; lane < width; lane += kUnit) {
+  const int tiles =
+      (range.end - range.begin) / kUnit * ((width + kBf16PanelLanes - 1) / kBf16PanelLanes);
+  for (int tile = 0; tile < tiles; ++tile) {
+    // As many lanes as stay in the nearest cache go through all keys.
+    const int rows = (range.end - range.begin) / kUnit;
+    const int key = range.begin + tile % rows * kUnit;
+    const int first = tile / rows * kBf16PanelLanes;
+    for (int lane = first; lane < std::min(width, first + kBf16PanelLanes); lane += kUnit) {
       Engine::multiply(scratch.k_rows + key * columns, columns * 32,
                        scratch.q + at + lane * columns / 2, columns * 32, scratch.scores,
                        kUnit * 64, columns / kUnit, false);
@@ -266,11 +272,11 @@ inline void backward_group(const Problem& problem, const BackwardTask& task, std
   [[maybe_unused]] const Engine engine;
   const FlushSubnormals flush;
   bool finite_rows = true;
-  for_each_panel(problem, group, next_width, [&](const Panel& panel) {
+  for_each_panel(problem, group, backward_width, [&](const Panel& panel) {
     finite_rows &= start_backward(problem, group, panel, scratch);
   });
   const std::int64_t end = group.keys.end;
-  const std::int64_t parts = panel_count(group, kBf16PanelLanes);
+  const std::int64_t parts = panel_count(group, kBackwardLanes);
   for (KeyBlock block = first_block(group.keys, kBlockKeys); block.begin < end;
        block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kUnit);
@@ -283,7 +289,7 @@ inline void backward_group(const Problem& problem, const BackwardTask& task, std
     std::fill_n(scratch.dk, kBlockKeys * columns, 0.0f);
     std::fill_n(scratch.dv, kBlockKeys * columns, 0.0f);
     Prefetcher ahead(problem, group, {block.end(), block.keys}, parts, &task.sums, block);
-    for_each_panel(problem, group, next_width, [&](const Panel& panel) {
+    for_each_panel(problem, group, backward_width, [&](const Panel& panel) {
       ahead.step();
       const BlockRange range = block_range(panel.first, panel.last, block, kUnit);
       if (range.empty()) return;
@@ -293,9 +299,9 @@ inline void backward_group(const Problem& problem, const BackwardTask& task, std
     add_gradients(problem, group, block, task.sums, scratch);
     task.turns->done(task.index, block.end());
   }
-  alignas(64) float scale[kBf16PanelLanes];
-  std::fill_n(scale, kBf16PanelLanes, static_cast<float>(problem.scale));
-  for_each_panel(problem, group, next_width, [&](const Panel& panel) {
+  alignas(64) float scale[kBackwardLanes];
+  std::fill_n(scale, kBackwardLanes, static_cast<float>(problem.scale));
+  for_each_panel(problem, group, backward_width, [&](const Panel& panel) {
     store_panel(problem, problem.dq, group, panel, scratch.dq + columns * panel.offset, columns,
                 scale, reinterpret_cast<float*>(scratch.rows));
   });

@@ -52,19 +52,16 @@ struct PendingKeys {
   int begin[kBf16PanelLanes / kUnit];
 };
 
-/// Adds the products of the weights from the pending ones to `end` with the block's values, for 32
-/// lanes. The order of additions is that of the keys, however they are cut.
-inline void add_values(int half, int end, PendingKeys& pending, float* out,
+/// Adds the products of the weights from the pending ones to `end` with 32 columns of the block's
+/// values, for 32 lanes. The order of additions is that of the keys, however they are cut.
+inline void add_values(int half, std::int64_t c, int end, const PendingKeys& pending, float* out,
                        const Bf16ForwardScratch& scratch) {
   const int from = pending.begin[half / kUnit];
   if (from >= end) return;
-  for (std::int64_t c = 0; c < scratch.columns; c += kUnit) {
-    Engine::multiply(scratch.v_columns + c * kForwardKeys + from * 16, kForwardKeys * 32,
-                     scratch.weights + half * kForwardKeys / 2 + from * 8, kForwardKeys * 32,
-                     out + half * scratch.columns + c * 16, scratch.columns * 64,
-                     (end - from) / kUnit, true);
-  }
-  pending.begin[half / kUnit] = end;
+  Engine::multiply(scratch.v_columns + c * kForwardKeys + from * 16, kForwardKeys * 32,
+                   scratch.weights + half * kForwardKeys / 2 + from * 8, kForwardKeys * 32,
+                   out + half * scratch.columns + c * 16, scratch.columns * 64,
+                   (end - from) / kUnit, true);
 }
 
 /// Caps and masks a tile's scores of 16 lanes in place.
@@ -116,7 +113,10 @@ inline void raise(const Problem& problem, const PanelMask& mask, const Panel& pa
   const __m512 shrink =
       _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), moved, exp2_bf16(_mm512_sub_ps(before, most)));
   _mm512_store_ps(sum_at, _mm512_mul_ps(_mm512_load_ps(sum_at), shrink));
-  add_values(lane / kUnit * kUnit, key, pending, out, scratch);
+  for (std::int64_t c = 0; c < scratch.columns; c += kUnit) {
+    add_values(lane / kUnit * kUnit, c, key, pending, out, scratch);
+  }
+  pending.begin[lane / kUnit] = std::max(pending.begin[lane / kUnit], key);
   for (std::int64_t c = 0; c < scratch.columns; ++c) {
     float* at = out + lane * scratch.columns + c * 16;
     _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), shrink));
@@ -187,8 +187,11 @@ inline void forward_block(const Problem& problem, const RowGroup& group, const P
       weigh(problem, panel, lane, key, scratch.scores + lane * kUnit, scratch);
     }
   }
-  for (int half = 0; half < panel.width; half += kUnit) {
-    add_values(half, range.end, pending, out, scratch);
+  // All lanes of a panel take a part of the values while it is near.
+  for (std::int64_t c = 0; c < columns; c += kUnit) {
+    for (int half = 0; half < panel.width; half += kUnit) {
+      add_values(half, c, range.end, pending, out, scratch);
+    }
   }
   if (!finite) add_special(problem, mask, panel, range, out, scratch);
 }

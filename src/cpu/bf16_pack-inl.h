@@ -10,11 +10,17 @@ inline constexpr int kBf16PanelLanes = 64;
 /// `out` less often; the backward keeps three products of a block besides.
 inline constexpr int kForwardKeys = 256;
 inline constexpr int kBlockKeys = 128;
-using PanelMask = LaneMask<kBf16PanelLanes>;
+/// Lanes of a panel in the backward: sums of dk and dv are loaded and stored once a panel.
+inline constexpr int kBackwardLanes = 128;
+using PanelMask = LaneMask<kBackwardLanes>;
 
 inline std::int64_t pad(std::int64_t count) { return (count + kUnit - 1) / kUnit * kUnit; }
 
 inline int next_width(std::int64_t lanes) { return lanes > kUnit ? kBf16PanelLanes : kUnit; }
+
+inline int backward_width(std::int64_t lanes) {
+  return static_cast<int>(std::min<std::int64_t>(pad(lanes), kBackwardLanes));
+}
 
 inline constexpr double kExp2Error = 4e-6;
 inline constexpr double kTanhError = 1e-5;

@@ -158,6 +158,9 @@ int run(const std::string& how, const std::string& where) {
 int main(int argc, char** argv) {
   if (argc != 3) return 2;
   const int code = run(argv[1], argv[2]);
-  if (code != 0) zigzag::comm::linger_before_exit();
+  if (code != 0) {
+    zigzag::comm::linger_before_exit();
+    zigzag::comm::end_if_mpi_failed(code);
+  }
   return code;
 }
