@@ -41,6 +41,7 @@ class Slots {
         const KernelSet& kernels, std::int64_t documents)
       : of_document_(static_cast<std::size_t>(documents)) {
     std::vector<std::vector<RowGroup>> pieces;  // of each rank
+    pieces.reserve(items.size());
     for (const std::vector<TaskRows>& rank : items) {
       pieces.push_back(row_pieces(problem, rank, kernels.backward_lanes, kernels.panel_lanes));
     }
