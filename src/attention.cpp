@@ -2,6 +2,7 @@
 
 #include <exception>
 #include <memory>
+#include <new>
 #include <span>
 #include <string>
 #include <utility>
@@ -37,18 +38,24 @@ template <typename Check>
 Problem agree_on(comm::Direction direction, const TensorView& q, const Plan& plan,
                  const Communicator& communicator, const AttentionOptions& options,
                  const Check& check) {
-  Problem problem;
-  std::string error;
   try {
-    problem = check();
-  } catch (const InvalidArgument& refusal) {
-    error = refusal.what();
-  } catch (const std::exception& failure) {
+    Problem problem;
+    std::string error;
+    try {
+      problem = check();
+    } catch (const InvalidArgument& refusal) {
+      error = refusal.what();
+    } catch (const std::exception& failure) {
+      communicator.abort(failure.what());
+      throw;
+    }
+    comm::agree(communicator.transport(), describe(direction, q, plan, options, problem, error));
+    return problem;
+  } catch (const std::bad_alloc& failure) {
+    // Not what ranks agree on: the others would wait for this one until their deadline.
     communicator.abort(failure.what());
     throw;
   }
-  comm::agree(communicator.transport(), describe(direction, q, plan, options, problem, error));
-  return problem;
 }
 
 /// Runs `work`; when it throws, the other ranks are told why before the exception goes on.

@@ -1,6 +1,7 @@
 #include "comm/thread_group.h"
 
 #include <algorithm>
+#include <utility>
 
 #include <fmt/format.h>
 
@@ -8,6 +9,20 @@
 #include "zigzag/error.h"
 
 namespace zigzag::comm {
+namespace {
+
+// The sentence that `make` writes or, without memory for it, one that fits into the string itself:
+// a failure is told whatever happens.
+template <typename Make>
+std::string sentence_or_short(const Make& make) noexcept {
+  try {
+    return make();
+  } catch (...) {
+    return "out of memory";
+  }
+}
+
+}  // namespace
 
 ThreadGroup::ThreadGroup(int size, double timeout)
     : timeout_(timeout),
@@ -43,10 +58,9 @@ void ThreadGroup::check_left(const Offer& offer) {
   if (failure_ || arrived_ == 0) return;
   for (std::size_t r = 0; r < left_.size(); ++r) {
     if (left_[r] == 0 || here_[r] != 0) continue;
-    failure_ = Failure{static_cast<int>(r),
-                       fmt::format("it left the group before {}", step_text(offer.step)),
-                       {},
-                       {}};
+    std::string reason = sentence_or_short(
+        [&] { return fmt::format("it left the group before {}", step_text(offer.step)); });
+    failure_ = Failure{static_cast<int>(r), std::move(reason), {}, {}};
     return;
   }
 }
@@ -112,17 +126,18 @@ void ThreadGroup::part_or_throw(int rank) {
 }
 
 void ThreadGroup::fail(int rank, std::string_view reason) noexcept {
-  try {
+  {
     const std::scoped_lock lock(mutex_);
-    if (!failure_) failure_ = Failure{rank, std::string(reason), {}, {}};
-  } catch (...) {
-    // Out of memory for the sentence: the peers still end, by their deadline.
+    // Also without memory for the sentence: ranks that lend would take unwritten results for good.
+    if (!failure_) {
+      failure_ = Failure{rank, sentence_or_short([&] { return std::string(reason); }), {}, {}};
+    }
   }
   met_.notify_all();
 }
 
 void ThreadGroup::leave(int rank) noexcept {
-  try {
+  {
     const std::scoped_lock lock(mutex_);
     left_[static_cast<std::size_t>(rank)] = 1;
     for (std::size_t r = 0; r < here_.size(); ++r) {
@@ -131,8 +146,6 @@ void ThreadGroup::leave(int rank) noexcept {
         break;
       }
     }
-  } catch (...) {
-    // As in fail().
   }
   met_.notify_all();
 }

@@ -218,9 +218,8 @@ inline HWY_ATTR bool start_backward(const Problem& problem, const RowGroup& grou
                        hn::Load(d, scratch.rows + l * stride + c), sum);
     }
     scratch.delta[panel.offset + l] = hn::GetLane(hn::SumOfLanes(d, sum));
-    constexpr float kLog2E = 1.4426950408889634f;
     scratch.lse[panel.offset + l] =
-        l < panel.lanes ? *reinterpret_cast<const float*>(lse_rows.at(l)) * kLog2E : 0.0f;
+        l < panel.lanes ? log2_lse(*reinterpret_cast<const float*>(lse_rows.at(l))) : 0.0f;
   }
   if (!finite) {
     for (int l = 0; l < panel.lanes; ++l) {

@@ -236,9 +236,8 @@ inline bool start_backward(const Problem& problem, const RowGroup& group, const 
       sum = _mm512_fmadd_ps(load(rows), load(out_rows), sum);
     }
     scratch.delta[panel.offset + l] = _mm512_reduce_add_ps(sum);
-    constexpr float kLog2E = 1.4426950408889634f;
     scratch.lse[panel.offset + l] =
-        l < panel.lanes ? *reinterpret_cast<const float*>(lse_rows.at(l)) * kLog2E : 0.0f;
+        l < panel.lanes ? log2_lse(*reinterpret_cast<const float*>(lse_rows.at(l))) : 0.0f;
   }
   std::fill_n(scratch.dq + columns * panel.offset, columns * width, 0.0f);
   return finite_q && finite_dout;

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
+#include <limits>
 #include <span>
 
 #include "cpu/kernel.h"
@@ -163,6 +164,14 @@ class LaneCursor {
   std::int64_t group_;
   std::int64_t first_head_;
 };
+
+/// A row's lse in units of log2, as the backward subtracts it from scores. A row that sees no score
+/// but -inf is empty: there +inf, so that its weights are 0 and not 2^(-inf - -inf).
+inline float log2_lse(float lse) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  constexpr float kLog2E = 1.4426950408889634f;
+  return lse == -kInfinity ? kInfinity : lse * kLog2E;
+}
 
 /// Finds the rows of a block's keys in k or v.
 class KeyCursor {

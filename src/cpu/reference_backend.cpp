@@ -78,16 +78,20 @@ void attend_row(const AttendArgs& args, const Row& row, std::int64_t head, std::
     weights.push_back(score(args, row.q, head, k, kv_head).value);
     max = std::max(max, weights.back());
   }
+  // A row that sees no score but -inf is empty, and -inf - -inf would be NaN.
+  const bool is_empty = std::all_of(weights.begin(), weights.end(), [](double weight) {
+    return weight == -std::numeric_limits<double>::infinity();
+  });
   double sum = 0;
-  for (double& weight : weights) sum += weight = std::exp(weight - max);
+  for (double& weight : weights) sum += weight = is_empty ? 0 : std::exp(weight - max);
   for (std::int64_t c = 0; c < args.q.shape[2]; ++c) {
     double out = 0;
     for (std::int64_t k = row.begin; k < row.end; ++k) {
       out += weights[k - row.begin] * load(args.v, k, kv_head, c);
     }
-    store(args.out, row.q, head, c, weights.empty() ? 0 : out / sum);
+    store(args.out, row.q, head, c, is_empty ? 0 : out / sum);
   }
-  const double lse = weights.empty() ? max : max + std::log(sum);
+  const double lse = is_empty ? max : max + std::log(sum);
   args.lse.as<float>()[row.q * args.lse.strides[0] + head * args.lse.strides[1]] =
       static_cast<float>(lse);
 }
@@ -97,6 +101,7 @@ void backward_row(const AttendBackwardArgs& args, const Row& row, std::int64_t h
                   std::int64_t kv_head, std::vector<double>& dk, std::vector<double>& dv) {
   const std::int64_t head_dim = args.q.shape[2];
   const double lse = args.lse.as<float>()[row.q * args.lse.strides[0] + head * args.lse.strides[1]];
+  const bool is_empty = lse == -std::numeric_limits<double>::infinity();
   double delta = 0;
   for (std::int64_t c = 0; c < head_dim; ++c) {
     delta += load(args.dout, row.q, head, c) * load(args.out, row.q, head, c);
@@ -104,7 +109,7 @@ void backward_row(const AttendBackwardArgs& args, const Row& row, std::int64_t h
   std::vector<double> dq(static_cast<std::size_t>(head_dim));
   for (std::int64_t k = row.begin; k < row.end; ++k) {
     const Score s = score(args, row.q, head, k, kv_head);
-    const double weight = std::exp(s.value - lse);
+    const double weight = is_empty ? 0 : std::exp(s.value - lse);
     double dweight = 0;
     for (std::int64_t c = 0; c < head_dim; ++c) {
       dweight += load(args.dout, row.q, head, c) * load(args.v, k, kv_head, c);

@@ -3,6 +3,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 #include <oneapi/tbb/global_control.h>
 #include <oneapi/tbb/parallel_for.h>
@@ -24,13 +25,18 @@ tbb::task_arena& shared_arena(int slots) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (slots > most_slots) {
     // More threads than cores need oneTBB's leave; of several leaves the smallest counts.
-    most_slots = slots;
-    delete control;
+    delete std::exchange(control, nullptr);
     control = new tbb::global_control(tbb::global_control::max_allowed_parallelism,
                                       static_cast<std::size_t>(slots));
+    most_slots = slots;
   }
   std::unique_ptr<tbb::task_arena>& entry = arenas[slots];
-  if (!entry) entry = std::make_unique<tbb::task_arena>(slots);
+  if (!entry) {
+    // Kept only once it stands: whoever uses an arena whose start threw waits for ever.
+    auto arena = std::make_unique<tbb::task_arena>(slots);
+    arena->initialize();
+    entry = std::move(arena);
+  }
   return *entry;
 }
 
