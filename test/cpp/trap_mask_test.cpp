@@ -119,7 +119,6 @@ TEST(Trap07, EmptyStatesMergeToAnEmptyOne) {
   problem.heads = 2;
   problem.kv_heads = 1;
   problem.head_dim = 16;
-  problem.backward = false;
   problem.seed = base_seed();
   problem.edit = [](Input which, int64_t token, int64_t, int64_t c, double value) {
     const bool hidden = token < 300 || (token >= 450 && token < 750) || token >= 760;
