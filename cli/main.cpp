@@ -128,7 +128,10 @@ int main(int argc, char** argv) {
   const auto fail = [](int code, const std::string& sentence) {
     cli::say(fmt::format("zigzag: {}", sentence));
     comm::linger_before_exit();
-    comm::end_if_mpi_failed(code);
+    if (comm::mpi_has_failed()) {
+      std::fflush(nullptr);
+      std::_Exit(code);
+    }
     return code;
   };
   try {

@@ -45,9 +45,9 @@ bool started_by_mpi_launcher();
 /// Returns at once in a process that no MPI launcher started.
 void linger_before_exit();
 
-/// To call last in main. Where an exchange over MPI has failed it ends the process here, with this
-/// code and flushed streams: MPI is not finalised then, and its exit handlers may wait for ever.
-void end_if_mpi_failed(int code);
+/// True when an exchange over MPI has failed. MPI is not finalised then, and its exit handlers may
+/// wait for ever: a program should leave by std::_Exit.
+bool mpi_has_failed();
 
 /// Whether the library has MPI, and which: "Open MPI 4.1.4", or how to build it.
 bool has_mpi();

@@ -160,7 +160,7 @@ int main(int argc, char** argv) {
   const int code = run(argv[1], argv[2]);
   if (code != 0) {
     zigzag::comm::linger_before_exit();
-    zigzag::comm::end_if_mpi_failed(code);
+    if (zigzag::comm::mpi_has_failed()) std::_Exit(code);
   }
   return code;
 }
