@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetches the headers of cuDNN, cudnn-frontend, NCCL and NVRTC from NVIDIA's PyPI wheels.
+# Fetches the headers of cuDNN, cudnn-frontend, NCCL, NVRTC and CUTLASS from NVIDIA's PyPI wheels.
 # Only headers are kept, in build/cuda_headers/include (or $ZIGZAG_CUDA_HEADERS/include); the libraries
 # are opened at run time. Does nothing when they are there already.
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -10,6 +10,7 @@ wheels=(
   nvidia-cuda-nvrtc==13.0.88
   nvidia-nccl-cu13==2.28.9
   nvidia-cudnn-cu13==9.19.0.56
+  nvidia-cutlass==4.2.0.0
 )
 stamp="${target}/wheels.txt"
 

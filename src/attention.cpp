@@ -152,6 +152,10 @@ class Schedule {
       args.out = q_heads(out, stage);
       args.lse = q_heads(lse, stage);
       args.dq = q_heads(dq, stage);
+      // A rank alone has no partials: its sums are the gradients.
+      const Pair* partial = alone() ? nullptr : &partials[static_cast<std::size_t>(stage % slots_)];
+      args.dk = partial == nullptr ? dk : partial->k.view;
+      args.dv = partial == nullptr ? dv : partial->v.view;
       return args;
     };
     const auto start_early = [&](int stage) {
@@ -166,17 +170,16 @@ class Schedule {
     join_exchange();
     for (int stage = 0; stage < stages_; ++stage) {
       gather_next(stage);
-      AttendBackwardArgs args = arguments(stage);
-      // A rank alone has no partials: its sums are the gradients.
-      const Pair* partial = alone() ? nullptr : &partials[static_cast<std::size_t>(stage % slots_)];
-      args.dk = partial == nullptr ? dk : partial->k.view;
-      args.dv = partial == nullptr ? dv : partial->v.view;
+      const AttendBackwardArgs args = arguments(stage);
       backend_->attend_backward(args);
-      start_early(stage + 1);
+      // Only a slot that no reduction reads can take the next stage's partials at once.
+      const bool free_slot = stage + 1 < slots_;
+      if (free_slot) start_early(stage + 1);
       await_gather(stage + 1);
-      if (partial == nullptr) continue;
+      if (!free_slot) start_early(stage + 1);
+      if (alone()) continue;
       backend_->order(backend_->compute_queue(), backend_->exchange_queue());
-      const TensorView sources[] = {partial->k.view, partial->v.view};
+      const TensorView sources[] = {args.dk, args.dv};
       const TensorView destinations[] = {kv_heads(dk, stage), kv_heads(dv, stage)};
       transport_.reduce(sources, destinations, table_, {"reduction of dK and dV", stage, stages_},
                         backend_->exchange_queue());

@@ -102,9 +102,9 @@ class Backend {
   virtual void attend_all(const AttendAllArgs& /*args*/) {}
   virtual void attend_backward_all(const AttendBackwardAllArgs& /*args*/) {}
   /// Called before attend_backward of a stage, while its gather may still be under way, with the
-  /// same arguments except that k and v are this rank's own rows [local_tokens, kv_heads, head_dim]
-  /// and dk and dv are not set. A backend may give the part of the work here that needs no more;
-  /// attend_backward then does the rest. Only for a rank that is not alone.
+  /// same arguments except that k and v are this rank's own rows [local_tokens, kv_heads,
+  /// head_dim]. A backend may give the part of the work here that needs no more; attend_backward
+  /// then does the rest. Only for a rank that is not alone.
   virtual void attend_backward_early(const AttendBackwardArgs& /*args*/) {}
 };
 

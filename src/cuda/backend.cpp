@@ -9,6 +9,8 @@
 #include "cuda/check.h"
 #include "cuda/cudnn_engine.h"
 #include "cuda/device.h"
+#include "cuda/engine_choice.h"
+#include "cuda/hopper/engine.h"
 #include "cuda/timeline.h"
 #include "zigzag/error.h"
 
@@ -77,22 +79,16 @@ class CudaBackend final : public Backend {
     fma_attend(args, stream_);
   }
 
-  void attend_backward_early(const AttendBackwardArgs& args) override {
-    begun_.reset();
-    if (args.q.num_elements() == 0) return;
-    std::string why;
-    if (CudnnEngine* engine = cudnn()) {
-      begun_ = CudnnBackward::begin(*engine, args, true, stream_, why);
-    }
-  }
+  void attend_backward_early(const AttendBackwardArgs& args) override { begin(args, true); }
 
   void attend_backward(const AttendBackwardArgs& args) override {
-    std::string why;
-    CudnnEngine* engine = args.q.num_elements() == 0 ? nullptr : cudnn();
-    std::unique_ptr<CudnnBackward> backward = std::move(begun_);
-    if (backward == nullptr && engine != nullptr) {
-      backward = CudnnBackward::begin(*engine, args, false, stream_, why);
+    if (hopper_begun_ == nullptr && cudnn_begun_ == nullptr) begin(args, false);
+    if (hopper_begun_ != nullptr) {
+      const std::unique_ptr<hopper::HopperBackward> backward = std::move(hopper_begun_);
+      return backward->finish(args);
     }
+    std::string why;
+    const std::unique_ptr<CudnnBackward> backward = std::move(cudnn_begun_);
     if (backward != nullptr && backward->finish(args, why)) return;
     const auto scope = span(args, "backward, own kernels");
     fma_attend_backward(args, stream_);
@@ -103,8 +99,26 @@ class CudaBackend final : public Backend {
     return {name, static_cast<int>(args.rank), device_.index(), Lane::kAttention, stream_};
   }
 
+  /// `own_rows`: k and v are the rank's own rows.
+  void begin(const AttendBackwardArgs& args, bool own_rows) {
+    hopper_begun_.reset();
+    cudnn_begun_.reset();
+    if (args.q.num_elements() == 0 || kernels_ == Kernels::kReference) return;
+    std::string why;
+    if (engine_allowed(Engine::kHopper)) {
+      hopper_begun_ = hopper::HopperBackward::begin(args, own_rows, stream_, why);
+      if (hopper_begun_ != nullptr) return;
+    }
+    if (CudnnEngine* engine = cudnn()) {
+      cudnn_begun_ = CudnnBackward::begin(*engine, args, own_rows, stream_, why);
+    }
+  }
+
   CudnnEngine* cudnn() {
-    if (kernels_ == Kernels::kReference || !CudnnEngine::presence().available) return nullptr;
+    if (kernels_ == Kernels::kReference || !engine_allowed(Engine::kCudnn) ||
+        !CudnnEngine::presence().available) {
+      return nullptr;
+    }
     if (engine_ == nullptr) engine_ = borrow_cudnn_engine(device_.index());
     return engine_.get();
   }
@@ -113,7 +127,8 @@ class CudaBackend final : public Backend {
   Kernels kernels_;
   cudaStream_t stream_;
   std::shared_ptr<CudnnEngine> engine_;
-  std::unique_ptr<CudnnBackward> begun_;
+  std::unique_ptr<CudnnBackward> cudnn_begun_;
+  std::unique_ptr<hopper::HopperBackward> hopper_begun_;
 };
 
 }  // namespace

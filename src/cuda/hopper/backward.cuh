@@ -1,0 +1,437 @@
+#pragma once
+
+#include <cuda_runtime.h>
+#include <cute/tensor.hpp>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "cuda/hopper/params.h"
+
+namespace zigzag::cuda::hopper {
+
+using Barrier = cutlass::arch::ClusterTransactionBarrier;
+using cute::_;
+using cute::_1;
+using cute::_2;
+using cute::Int;
+using cute::Layout;
+using cute::Shape;
+
+/// Threads of the backward kernel: a warp group that loads, and two that compute.
+constexpr int kBackwardThreads = 384;
+constexpr int kComputeThreads = 256;
+
+/// Numbers of named barriers; 0 is __syncthreads.
+enum NamedBarrier : std::uint32_t { kComputeBarrier = 1, kGroupBarrier = 2 };
+
+/// Types of the backward kernel: tiles, their places in shared memory and the matrix products.
+/// T: cutlass::half_t or cutlass::bfloat16_t.
+template <typename T, int kWidth>
+struct Backward {
+  static constexpr int kQueries = kQueryTile<kWidth>;
+  static constexpr int kStages = 2;
+  static constexpr auto kK = cute::GMMA::Major::K;
+  static constexpr auto kMn = cute::GMMA::Major::MN;
+
+  // S^T and dP^T [keys, queries]: each warp group has 64 keys.
+  using MmaScores = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<T, T, float, Shape<Int<kKeyTile>, Int<kQueries>, Int<kWidth>>>(),
+      Layout<Shape<_2, _1, _1>>{}));
+  // dK and dV [keys, width]: P^T and dS^T come from the registers that they were made in.
+  using MmaKeys = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<T, T, float, Shape<Int<kKeyTile>, Int<kWidth>, Int<kQueries>>, kK,
+                                 kMn>(),
+      Layout<Shape<_2, _1, _1>>{}));
+  // dQ [queries, width]: each warp group has 64 rows or 64 columns.
+  using GroupsOfQueries =
+      std::conditional_t<kWidth == 64, Layout<Shape<_2, _1, _1>>, Layout<Shape<_1, _2, _1>>>;
+  using MmaQueries = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<T, T, float, Shape<Int<64>, Int<64>, Int<kKeyTile>>, kMn, kMn>(),
+      GroupsOfQueries{}));
+
+  using KeyLayout = decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<T>{},
+                                                 Shape<Int<kKeyTile>, Int<kWidth>>{}));
+  using KeyLayoutT = decltype(cute::composition(
+      KeyLayout{}, Layout<Shape<Int<kWidth>, Int<kKeyTile>>, cute::Stride<Int<kKeyTile>, _1>>{}));
+  using QueryLayout = decltype(cute::tile_to_shape(
+      cute::GMMA::Layout_K_SW128_Atom<T>{}, Shape<Int<kQueries>, Int<kWidth>, Int<kStages>>{}));
+  using QueryLayoutT = decltype(cute::composition(
+      QueryLayout{}, Layout<Shape<Int<kWidth>, Int<kQueries>, Int<kStages>>,
+                            cute::Stride<Int<kQueries>, _1, Int<kQueries * kWidth>>>{}));
+  // dS [queries, keys], two of them, so that one is written while the other is read.
+  using ScoreLayout = decltype(cute::tile_to_shape(cute::GMMA::Layout_MN_SW128_Atom<T>{},
+                                                   Shape<Int<kQueries>, Int<kKeyTile>, _2>{}));
+  using ScoreLayoutT = decltype(cute::composition(
+      ScoreLayout{}, Layout<Shape<Int<kKeyTile>, Int<kQueries>, _2>,
+                            cute::Stride<Int<kQueries>, _1, Int<kQueries * kKeyTile>>>{}));
+
+  struct Shared {
+    alignas(1024) T k[kKeyTile * kWidth];
+    alignas(1024) T v[kKeyTile * kWidth];
+    alignas(1024) T q[kStages * kQueries * kWidth];
+    alignas(1024) T dout[kStages * kQueries * kWidth];
+    alignas(1024) T scores[2 * kQueries * kKeyTile];
+    alignas(1024) float dq[kQueries * kWidth];
+    alignas(128) float lse[kStages][kQueries];
+    alignas(128) float delta[kStages][kQueries];
+    std::uint64_t keys_full;
+    std::uint64_t q_full[kStages], q_empty[kStages];
+    std::uint64_t dout_full[kStages], dout_empty[kStages];
+  };
+};
+
+/// 2^x, 0 for -inf.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ std::uint32_t pack(float low, float high, cutlass::bfloat16_t) {
+  std::uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+__device__ __forceinline__ std::uint32_t pack(float low, float high, cutlass::half_t) {
+  std::uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+/// A fragment rounded to T, in the same order.
+template <typename T, class Fragment>
+__device__ __forceinline__ auto rounded(const Fragment& values) {
+  auto result = cute::make_tensor<T>(values.layout());
+  auto words = cute::recast<std::uint32_t>(result);
+#pragma unroll
+  for (int i = 0; i < cute::size(words); ++i)
+    words(i) = pack(values(2 * i), values(2 * i + 1), T{});
+  return result;
+}
+
+/// Adds `bytes` of float32 sums in shared memory to those in global memory, asynchronously.
+__device__ __forceinline__ void bulk_add(float* global, const float* shared, int bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
+      "cp.async.bulk.commit_group;\n" ::"l"(global),
+      "r"(cute::cast_smem_ptr_to_uint(shared)), "r"(bytes)
+      : "memory");
+}
+/// Until shared memory of this thread's bulk_adds may be written again.
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+/// c (+)= a x b for the tiles of a warp group, given to the tensor cores and not waited for.
+template <bool kClear, class Mma, class A, class B, class C>
+__device__ __forceinline__ void multiply(Mma& mma, A&& a, const B& b, C& c) {
+  constexpr bool kFromRegisters =
+      !std::is_base_of_v<cute::GMMA::DescriptorIterator, typename Mma::FrgTypeA>;
+  if constexpr (kFromRegisters) cute::warpgroup_fence_operand(a);
+  cute::warpgroup_fence_operand(c);
+  cute::warpgroup_arrive();
+  mma.accumulate_ = kClear ? cute::GMMA::ScaleOut::Zero : cute::GMMA::ScaleOut::One;
+  CUTE_UNROLL
+  for (int i = 0; i < cute::size<2>(a); ++i) {
+    cute::gemm(mma, a(_, _, i), b(_, _, i), c);
+    mma.accumulate_ = cute::GMMA::ScaleOut::One;
+  }
+  cute::warpgroup_commit_batch();
+  cute::warpgroup_fence_operand(c);
+  if constexpr (kFromRegisters) cute::warpgroup_fence_operand(a);
+}
+
+/// Sets rows [first, rows) of a tile in shared memory to zero, by all computing threads.
+template <int kWidth, class Tile>
+__device__ void clear_rows(const Tile& tile, int first, int rows, int thread) {
+  using T = typename Tile::value_type;
+  for (int i = thread; i < (rows - first) * kWidth; i += kComputeThreads) {
+    tile(first + i / kWidth, i % kWidth) = T(0);
+  }
+}
+
+__device__ __forceinline__ void compute_barrier() {
+  cutlass::arch::NamedBarrier::sync(kComputeThreads, kComputeBarrier);
+}
+
+template <typename T, int kWidth>
+__device__ void load_tiles(const BackwardParams& params, const BackwardUnit& unit, const Span& span,
+                           typename Backward<T, kWidth>::Shared& shared) {
+  using Types = Backward<T, kWidth>;
+  constexpr int kQueries = Types::kQueries;
+  constexpr auto kHint = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  const auto load = [&](const CUtensorMap& map, std::uint64_t* barrier, T* tile, int rows, int row,
+                        int head) {
+#pragma unroll
+    for (int part = 0; part < kWidth / 64; ++part) {
+      cute::SM90_TMA_LOAD_3D::copy(&map, barrier, kHint, tile + part * rows * 64, part * 64, row,
+                                   head);
+    }
+  };
+  Barrier::arrive_and_expect_tx(&shared.keys_full, 2 * kKeyTile * kWidth * sizeof(T));
+  load(params.k, &shared.keys_full, shared.k, kKeyTile, unit.k_row, unit.kv_head);
+  load(params.v, &shared.keys_full, shared.v, kKeyTile, unit.k_row, unit.kv_head);
+  int n = 0;
+  for (int head = unit.head; head < unit.head + unit.heads; ++head) {
+    for (int tile = unit.first_tile; tile < unit.end_tile; ++tile, ++n) {
+      const int stage = n % Types::kStages;
+      const std::uint32_t phase = static_cast<std::uint32_t>(n / Types::kStages + 1) % 2;
+      const std::int64_t padded = (head * params.tiles + span.tile_begin + tile) * kQueries;
+      constexpr int kBytes = kQueries * kWidth * sizeof(T) + kQueries * sizeof(float);
+      constexpr int kTile = kQueries * kWidth;
+      const int row = span.q_begin + tile * kQueries;
+      Barrier::wait(&shared.q_empty[stage], phase);
+      Barrier::arrive_and_expect_tx(&shared.q_full[stage], kBytes);
+      load(params.q, &shared.q_full[stage], shared.q + stage * kTile, kQueries, row, head);
+      cute::SM90_BULK_COPY_G2S::copy(params.lse + padded, &shared.q_full[stage], shared.lse[stage],
+                                     kQueries * sizeof(float));
+      Barrier::wait(&shared.dout_empty[stage], phase);
+      Barrier::arrive_and_expect_tx(&shared.dout_full[stage], kBytes);
+      load(params.dout, &shared.dout_full[stage], shared.dout + stage * kTile, kQueries, row, head);
+      cute::SM90_BULK_COPY_G2S::copy(params.delta + padded, &shared.dout_full[stage],
+                                     shared.delta[stage], kQueries * sizeof(float));
+    }
+  }
+}
+
+template <typename T, int kWidth>
+__device__ void compute(const BackwardParams& params, const BackwardUnit& unit, const Span& span,
+                        typename Backward<T, kWidth>::Shared& shared) {
+  using namespace cute;
+  using Types = Backward<T, kWidth>;
+  constexpr int kQueries = Types::kQueries;
+  constexpr int kStages = Types::kStages;
+  const int thread = static_cast<int>(threadIdx.x) - (kBackwardThreads - kComputeThreads);
+  const int group = __shfl_sync(0xffffffffu, thread / 128, 0);
+  const int in_group = thread % 128;
+  const int lane = thread % 32;
+
+  const auto sk = make_tensor(make_smem_ptr(shared.k), typename Types::KeyLayout{});
+  const auto sv = make_tensor(make_smem_ptr(shared.v), typename Types::KeyLayout{});
+  const auto sk_t = make_tensor(make_smem_ptr(shared.k), typename Types::KeyLayoutT{});
+  const auto sq = make_tensor(make_smem_ptr(shared.q), typename Types::QueryLayout{});
+  const auto sq_t = make_tensor(make_smem_ptr(shared.q), typename Types::QueryLayoutT{});
+  const auto sdout = make_tensor(make_smem_ptr(shared.dout), typename Types::QueryLayout{});
+  const auto sdout_t = make_tensor(make_smem_ptr(shared.dout), typename Types::QueryLayoutT{});
+  const auto scores = make_tensor(make_smem_ptr(shared.scores), typename Types::ScoreLayout{});
+  const auto scores_t = make_tensor(make_smem_ptr(shared.scores), typename Types::ScoreLayoutT{});
+
+  typename Types::MmaScores mma_scores;
+  typename Types::MmaKeys mma_keys;
+  typename Types::MmaQueries mma_queries;
+  // Shared memory is divided by warp groups, all of whose threads see the same tiles.
+  const auto scores_slice = mma_scores.get_slice(group * 128);
+  const auto keys_slice = mma_keys.get_slice(group * 128);
+  const auto queries_slice = mma_queries.get_slice(group * 128);
+  const auto k_tiles = scores_slice.partition_fragment_A(sk);
+  const auto v_tiles = scores_slice.partition_fragment_A(sv);
+  const auto q_tiles = scores_slice.partition_fragment_B(sq);
+  const auto dout_tiles = scores_slice.partition_fragment_B(sdout);
+  const auto q_t_tiles = keys_slice.partition_fragment_B(sq_t);
+  const auto dout_t_tiles = keys_slice.partition_fragment_B(sdout_t);
+  const auto score_tiles = queries_slice.partition_fragment_A(scores);
+  const auto k_t_tiles = queries_slice.partition_fragment_B(sk_t);
+
+  const auto store_scores = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, T>{}, mma_scores);
+  const auto store_slice = store_scores.get_slice(thread);
+  const auto stored_scores = store_slice.partition_D(scores_t);
+
+  auto dk = partition_fragment_C(mma_keys, Shape<Int<kKeyTile>, Int<kWidth>>{});
+  auto dv = partition_fragment_C(mma_keys, Shape<Int<kKeyTile>, Int<kWidth>>{});
+  auto s = partition_fragment_C(mma_scores, Shape<Int<kKeyTile>, Int<kQueries>>{});
+  clear(dk);
+  clear(dv);
+  // A result of a product as the first factor of another: 16 columns a step.
+  using AsFactor = Layout<Shape<Shape<_2, _2, _2>, _1, Int<kQueries / 16>>>;
+
+  const int key = group * 64 + in_group / 32 * 16 + lane / 4;  // of values 0, 1; the others: + 8
+  const int column = lane % 4 * 2;                             // of value 0 of every 8 columns
+
+  Barrier::wait(&shared.keys_full, 0);
+  const bool short_keys = unit.k_count < kKeyTile;
+  if (short_keys) {
+    clear_rows<kWidth>(sk, unit.k_count, kKeyTile, thread);
+    clear_rows<kWidth>(sv, unit.k_count, kKeyTile, thread);
+    cutlass::arch::fence_view_async_shared();
+    compute_barrier();
+  }
+
+  const int tiles = unit.end_tile - unit.first_tile;
+  const int total = unit.heads * tiles;
+  int tile = unit.first_tile;
+  int head = unit.head;
+  for (int n = 0; n < total; ++n) {
+    const int stage = n % kStages;
+    const int first_row = tile * kQueries;
+    Barrier::wait(&shared.q_full[stage], static_cast<std::uint32_t>(n / kStages) % 2);
+    multiply<true>(mma_scores, k_tiles, q_tiles(_, _, _, stage), s);
+    Barrier::wait(&shared.dout_full[stage], static_cast<std::uint32_t>(n / kStages) % 2);
+    // Rows behind the document's last belong to others and may hold anything. Scores that are being
+    // made of them are not used.
+    const int live = span.q_count - first_row;
+    if (live < kQueries) {
+      clear_rows<kWidth>(sq(_, _, stage), live, kQueries, thread);
+      clear_rows<kWidth>(sdout(_, _, stage), live, kQueries, thread);
+      cutlass::arch::fence_view_async_shared();
+      compute_barrier();
+    }
+    auto dp = partition_fragment_C(mma_scores, Shape<Int<kKeyTile>, Int<kQueries>>{});
+    multiply<true>(mma_scores, v_tiles, dout_tiles(_, _, _, stage), dp);
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(s);
+
+    const auto position = [&](int row) {
+      return row < span.q_early ? span.early_position + row
+                                : span.late_position + row - span.q_early;
+    };
+    const bool masked = short_keys || live < kQueries ||
+                        (params.causal && position(first_row) < unit.k_position + unit.k_count - 1);
+    if (masked) {
+#pragma unroll
+      for (int c = 0; c < kQueries / 8; ++c) {
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          const int query = 8 * c + column + x;
+          int last = unit.k_count - 1;
+          if (params.causal) last = min(last, position(first_row + query) - unit.k_position);
+          if (query >= live) last = -1;
+          const float lse = shared.lse[stage][query];
+#pragma unroll
+          for (int y = 0; y < 2; ++y) {
+            float& value = s(4 * c + 2 * y + x);
+            value = key + 8 * y <= last ? exp2_fast(value * params.scale_log2 - lse) : 0.0f;
+          }
+        }
+      }
+    } else {
+#pragma unroll
+      for (int c = 0; c < kQueries / 8; ++c) {
+        const float2 lse = *reinterpret_cast<const float2*>(&shared.lse[stage][8 * c + column]);
+#pragma unroll
+        for (int y = 0; y < 2; ++y) {
+          float& first = s(4 * c + 2 * y);
+          float& second = s(4 * c + 2 * y + 1);
+          first = exp2_fast(first * params.scale_log2 - lse.x);
+          second = exp2_fast(second * params.scale_log2 - lse.y);
+        }
+      }
+    }
+    auto p = rounded<T>(s);
+    auto p_factor = make_tensor(p.data(), AsFactor{});
+    multiply<false>(mma_keys, p_factor, dout_t_tiles(_, _, _, stage), dv);
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(dp);
+#pragma unroll
+    for (int c = 0; c < kQueries / 8; ++c) {
+      const float2 delta = *reinterpret_cast<const float2*>(&shared.delta[stage][8 * c + column]);
+#pragma unroll
+      for (int y = 0; y < 2; ++y) {
+        float& first = dp(4 * c + 2 * y);
+        float& second = dp(4 * c + 2 * y + 1);
+        first = s(4 * c + 2 * y) * (first - delta.x);
+        second = s(4 * c + 2 * y + 1) * (second - delta.y);
+      }
+    }
+    auto ds = rounded<T>(dp);
+    copy(store_scores, store_slice.retile_S(ds), stored_scores(_, _, _, n % 2));
+    cutlass::arch::fence_view_async_shared();
+    compute_barrier();
+    auto dq = partition_fragment_C(mma_queries, Shape<Int<kQueries>, Int<kWidth>>{});
+    multiply<true>(mma_queries, score_tiles(_, _, _, n % 2), k_t_tiles, dq);
+    auto ds_factor = make_tensor(ds.data(), AsFactor{});
+    multiply<false>(mma_keys, ds_factor, q_t_tiles(_, _, _, stage), dk);
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(dq);
+    if (lane == 0) Barrier::arrive(&shared.dout_empty[stage]);
+
+    float* const staged = shared.dq + group * (kQueries * kWidth / 2);
+    if (in_group == 0) bulk_wait_read();
+    cutlass::arch::NamedBarrier::sync(128, kGroupBarrier + static_cast<std::uint32_t>(group));
+    static_assert(size(dq) == 32);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      reinterpret_cast<float4*>(staged)[i * 128 + in_group] =
+          make_float4(dq(4 * i), dq(4 * i + 1), dq(4 * i + 2), dq(4 * i + 3));
+    }
+    cutlass::arch::fence_view_async_shared();
+    cutlass::arch::NamedBarrier::sync(128, kGroupBarrier + static_cast<std::uint32_t>(group));
+    if (in_group == 0) {
+      float* const sums = params.dq +
+                          (head * params.tiles + span.tile_begin + tile) * (kQueries * kWidth) +
+                          group * (kQueries * kWidth / 2);
+      bulk_add(sums, staged, kQueries * kWidth / 2 * static_cast<int>(sizeof(float)));
+    }
+    warpgroup_wait<0>();
+    if (lane == 0) Barrier::arrive(&shared.q_empty[stage]);
+    if (++tile == unit.end_tile) {
+      tile = unit.first_tile;
+      ++head;
+    }
+  }
+  warpgroup_wait<0>();
+  warpgroup_fence_operand(dk);
+  warpgroup_fence_operand(dv);
+
+  const auto store = [&](const Rows& rows, const auto& sums, float scale) {
+    const std::int64_t split = unit.split * params.split_stride;
+#pragma unroll
+    for (int y = 0; y < 2; ++y) {
+      if (key + 8 * y >= unit.k_count) continue;
+      const std::int64_t at =
+          split + (unit.dk_row + key + 8 * y) * rows.row + unit.kv_head * rows.head;
+#pragma unroll
+      for (int c = 0; c < kWidth / 8; ++c) {
+        if (8 * c >= params.head_dim) continue;
+        const float first = sums(4 * c + 2 * y) * scale;
+        const float second = sums(4 * c + 2 * y + 1) * scale;
+        if (params.sums_are_float) {
+          *reinterpret_cast<float2*>(static_cast<float*>(rows.data) + at + 8 * c + column) =
+              make_float2(first, second);
+        } else {
+          *reinterpret_cast<std::uint32_t*>(static_cast<T*>(rows.data) + at + 8 * c + column) =
+              pack(first, second, T{});
+        }
+      }
+    }
+  };
+  store(params.dv, dv, 1.0f);
+  store(params.dk, dk, params.scale);
+  if (in_group == 0) bulk_wait();
+}
+
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kBackwardThreads, 1)
+    backward_kernel(const __grid_constant__ BackwardParams params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Types = Backward<T, kWidth>;
+  extern __shared__ char memory[];
+  auto& shared = *reinterpret_cast<typename Types::Shared*>(
+      (reinterpret_cast<std::uintptr_t>(memory) + 1023) / 1024 * 1024);
+  const BackwardUnit unit = params.units[blockIdx.x];
+  const Span span = params.spans[unit.span];
+  if (threadIdx.x == 0) {
+    Barrier::init(&shared.keys_full, 1);
+    for (int stage = 0; stage < Types::kStages; ++stage) {
+      Barrier::init(&shared.q_full[stage], 1);
+      Barrier::init(&shared.dout_full[stage], 1);
+      // One arrival of every warp that computes.
+      Barrier::init(&shared.q_empty[stage], kComputeThreads / 32);
+      Barrier::init(&shared.dout_empty[stage], kComputeThreads / 32);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x < kBackwardThreads - kComputeThreads) {
+    cutlass::arch::warpgroup_reg_dealloc<24>();
+    if (threadIdx.x == 0) load_tiles<T, kWidth>(params, unit, span, shared);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<240>();
+    compute<T, kWidth>(params, unit, span, shared);
+  }
+#endif
+}
+
+}  // namespace zigzag::cuda::hopper

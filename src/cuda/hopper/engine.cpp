@@ -1,0 +1,309 @@
+#include "cuda/hopper/engine.h"
+
+#include <cstddef>
+#include <map>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include "cuda/check.h"
+#include "cuda/device.h"
+#include "cuda/hopper/params.h"
+#include "cuda/hopper/tensor_map.h"
+#include "cuda/hopper/work.h"
+#include "cuda/launch_lists.h"
+#include "cuda/recent.h"
+#include "cuda/sum_rows.h"
+#include "cuda/timeline.h"
+
+namespace zigzag::cuda::hopper {
+namespace {
+
+using std::int64_t;
+
+constexpr double kLog2E = 1.4426950408889634;
+
+enum TableKind : std::uint32_t { kBackwardTables = 30, kSplitSums };
+
+bool aligned(const TensorView& view) {
+  const int64_t elements = 16 / item_size(view.dtype);
+  return reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 && view.strides[2] == 1 &&
+         view.strides[0] % elements == 0 && view.strides[1] % elements == 0;
+}
+
+/// What one device can do, asked once.
+struct Abilities {
+  int processors = 0;
+  std::string why_not;
+};
+
+const Abilities& abilities(int device) {
+  static std::mutex mutex;
+  static auto* known = new std::map<int, Abilities>();
+  const std::lock_guard lock(mutex);
+  const auto [found, fresh] = known->try_emplace(device);
+  Abilities& one = found->second;
+  if (!fresh) return one;
+  int major = 0;
+  int minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&one.processors, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  if (major != 9 || minor != 0) {
+    one.why_not = "the tensor-core kernels are for compute capability 9.0, not " +
+                  std::to_string(major) + "." + std::to_string(minor);
+  } else if (!has_tensor_maps()) {
+    one.why_not = "the driver has no tensor maps";
+  }
+  return one;
+}
+
+bool fits(const AttendBackwardArgs& args, std::string& why) {
+  const int64_t head_dim = args.q.shape[2];
+  if (const std::string& missing = abilities(args.q.device.index).why_not; !missing.empty()) {
+    why = missing;
+  } else if (args.q.dtype == DType::kFloat32) {
+    why = "the tensor cores take no float32";
+  } else if (args.deterministic) {
+    why = "sums of dq are made in no fixed order";
+  } else if (args.softcap != 0) {
+    why = "no softcap in the tensor-core kernels";
+  } else if (head_dim % 8 != 0 || head_dim > 128) {
+    why = "the tensor-core kernels want a head_dim that is a multiple of 8 up to 128";
+  } else if (!launches_express(args.mask)) {
+    why = "no windows in the tensor-core kernels";
+  } else if (!aligned(args.q) || !aligned(args.k) || !aligned(args.v) || !aligned(args.out) ||
+             !aligned(args.dout) || !aligned(args.dq)) {
+    why = "the tensor-core kernels want rows and heads that start at multiples of 16 bytes";
+  } else if (args.lse.strides[1] != 1) {
+    why = "the tensor-core kernels want the heads of lse side by side";
+  } else if (args.k.shape[0] == 0) {
+    why = "there are no keys";
+  } else {
+    return true;
+  }
+  return false;
+}
+
+Rows rows_of(const TensorView& view) { return {view.data, view.strides[0], view.strides[1]}; }
+
+/// A pack's tables in one run of bytes.
+struct BackwardPack {
+  BackwardWork work;
+  std::vector<std::byte> bytes;
+  std::size_t tile_span_at = 0, early_at = 0, late_at = 0;  // spans stand first
+};
+
+template <typename T>
+std::size_t append(std::vector<std::byte>& bytes, const std::vector<T>& values) {
+  const std::size_t at = bytes.size();
+  const std::vector<std::byte> more = bytes_of(values);
+  bytes.insert(bytes.end(), more.begin(), more.end());
+  return at;
+}
+
+TableKey table_key(const AttendArgs& args, bool own_rows, TableKind kind) {
+  TableKey key = pack_key(args);
+  key.kind = kind;
+  for (const int64_t value : {args.q.shape[1], args.k.shape[1], int64_t{width_of(args.q.shape[2])},
+                              int64_t{own_rows ? 1 : 0}}) {
+    key.detail = mix(key.detail, static_cast<std::uint64_t>(value));
+  }
+  return key;
+}
+
+std::shared_ptr<const BackwardPack> pack_of(const AttendArgs& args, bool own_rows) {
+  static auto* recent = new Recent<TableKey, BackwardPack>(256);
+  return recent->get(table_key(args, own_rows, kBackwardTables), [&] {
+    BackwardPack pack;
+    pack.work = make_backward_work(args, own_rows, abilities(args.q.device.index).processors);
+    append(pack.bytes, pack.work.spans.spans);
+    pack.tile_span_at = append(pack.bytes, pack.work.spans.tile_span);
+    pack.early_at = append(pack.bytes, pack.work.early);
+    pack.late_at = append(pack.bytes, pack.work.late);
+    return pack;
+  });
+}
+
+/// Calls `body` with the element type and head width of the call.
+template <typename Body>
+void dispatch(DType dtype, int width, const Body& body) {
+  const auto with_type = [&]<typename T>() {
+    if (width == 64) return body.template operator()<T, 64>();
+    body.template operator()<T, 128>();
+  };
+  if (dtype == DType::kFloat16) return with_type.template operator()<__half>();
+  with_type.template operator()<__nv_bfloat16>();
+}
+
+TimelineScope span_of(const AttendArgs& args, std::string_view name, void* stream) {
+  return {name, static_cast<int>(args.rank), args.q.device.index, Lane::kAttention, stream};
+}
+
+}  // namespace
+
+std::string unavailable(int device) { return abilities(device).why_not; }
+
+struct HopperBackward::State {
+  State(const AttendBackwardArgs& given, bool own_rows, cudaStream_t used_stream)
+      : args(given),
+        stream(used_stream),
+        device(DeviceState::get(given.q.device.index)),
+        pack(pack_of(given, own_rows)),
+        table(device.table(table_key(given, own_rows, kBackwardTables),
+                           [this] { return pack->bytes; }),
+              used_stream),
+        width(width_of(given.q.shape[2])),
+        heads(given.q.shape[1]),
+        padded(pack->work.spans.tiles() * query_tile(width)),
+        lse(device, heads * padded * int64_t{sizeof(float)}, stream),
+        delta(device, heads * padded * int64_t{sizeof(float)}, stream),
+        sums(device, heads * padded * width * int64_t{sizeof(float)}, stream) {}
+
+  PassParams pass_params() const;
+  void run_units(const std::vector<BackwardUnit>& units, std::size_t at) const;
+
+  AttendBackwardArgs args;
+  cudaStream_t stream;
+  DeviceState& device;
+  std::shared_ptr<const BackwardPack> pack;
+  TableUse table;
+  int width;
+  int64_t heads;
+  int64_t padded;
+  Scratch lse, delta, sums;
+  std::unique_ptr<Scratch> split_dk, split_dv;
+};
+
+PassParams HopperBackward::State::pass_params() const {
+  PassParams params{};
+  params.spans = table.as<Span>();
+  params.span_count = static_cast<int64_t>(pack->work.spans.spans.size());
+  params.tile_span =
+      reinterpret_cast<const std::int32_t*>(table.as<std::byte>() + pack->tile_span_at);
+  params.tiles = pack->work.spans.tiles();
+  params.heads = static_cast<int>(heads);
+  params.head_dim = static_cast<int>(args.q.shape[2]);
+  params.out = rows_of(args.out);
+  params.dout = rows_of(args.dout);
+  params.dq = rows_of(args.dq);
+  params.lse = args.lse.as<float>();
+  params.lse_row = args.lse.strides[0];
+  params.lse_log2 = lse.as<float>();
+  params.delta = delta.as<float>();
+  params.dq_sums = sums.as<float>();
+  params.scale = static_cast<float>(args.scale);
+  return params;
+}
+
+void HopperBackward::State::run_units(const std::vector<BackwardUnit>& units,
+                                      std::size_t at) const {
+  if (units.empty()) return;
+  const int tile = query_tile(width);
+  BackwardParams params{};
+  params.q = make_tensor_map(args.q, tile);
+  params.dout = make_tensor_map(args.dout, tile);
+  params.k = make_tensor_map(args.k, kKeyTile);
+  params.v = make_tensor_map(args.v, kKeyTile);
+  params.spans = table.as<Span>();
+  params.units = reinterpret_cast<const BackwardUnit*>(table.as<std::byte>() + at);
+  params.lse = lse.as<float>();
+  params.delta = delta.as<float>();
+  params.dq = sums.as<float>();
+  params.tiles = pack->work.spans.tiles();
+  params.head_dim = static_cast<int>(args.q.shape[2]);
+  params.scale = static_cast<float>(args.scale);
+  params.scale_log2 = static_cast<float>(args.scale * kLog2E);
+  params.causal = args.mask.causal;
+  if (split_dk != nullptr) {
+    const int64_t row = args.k.shape[1] * args.k.shape[2];
+    params.dk = {split_dk->data(), row, args.k.shape[2]};
+    params.dv = {split_dv->data(), row, args.k.shape[2]};
+    params.split_stride = args.dk.shape[0] * row;
+    params.sums_are_float = true;
+  } else {
+    params.dk = rows_of(args.dk);
+    params.dv = rows_of(args.dv);
+    params.sums_are_float = args.dk.dtype == DType::kFloat32;
+  }
+  dispatch(args.q.dtype, width, [&]<typename T, int kWidth>() {
+    run_backward<T, kWidth>(params, static_cast<int64_t>(units.size()), stream);
+  });
+}
+
+HopperBackward::HopperBackward(std::unique_ptr<State> state) : state_(std::move(state)) {}
+HopperBackward::~HopperBackward() = default;
+
+std::unique_ptr<HopperBackward> HopperBackward::begin(const AttendBackwardArgs& args, bool own_rows,
+                                                      void* stream, std::string& why) {
+  if (!fits(args, why)) return nullptr;
+  DeviceGuard guard(args.q.device.index);
+  auto state = std::make_unique<State>(args, own_rows, as_stream(stream));
+  const BackwardWork& work = state->pack->work;
+  if (work.splits > 1 || !aligned(args.dk) || !aligned(args.dv)) {
+    const int64_t bytes =
+        work.splits * args.dk.num_elements() * static_cast<int64_t>(sizeof(float));
+    state->split_dk = std::make_unique<Scratch>(state->device, bytes, state->stream);
+    state->split_dv = std::make_unique<Scratch>(state->device, bytes, state->stream);
+  }
+  {
+    const auto scope = span_of(args, "backward, before", stream);
+    const PassParams params = state->pass_params();
+    dispatch(args.q.dtype, state->width,
+             [&]<typename T, int kWidth>() { run_before<T>(params, kWidth, state->stream); });
+  }
+  if (!work.early.empty()) {
+    const auto scope = span_of(args, "backward, own keys", stream);
+    state->run_units(work.early, state->pack->early_at);
+  }
+  return std::unique_ptr<HopperBackward>(new HopperBackward(std::move(state)));
+}
+
+void HopperBackward::finish(const AttendBackwardArgs& given) {
+  State& state = *state_;
+  const AttendBackwardArgs& args = state.args;
+  DeviceGuard guard(args.q.device.index);
+  state.args.k = given.k;
+  state.args.v = given.v;
+  {
+    const auto scope = span_of(args, "backward", state.stream);
+    state.run_units(state.pack->work.late, state.pack->late_at);
+  }
+  {
+    const auto scope = span_of(args, "backward, after", state.stream);
+    const PassParams params = state.pass_params();
+    dispatch(args.q.dtype, state.width,
+             [&]<typename T, int kWidth>() { run_after<T>(params, kWidth, state.stream); });
+  }
+  if (state.split_dk == nullptr) return;
+  const auto scope = span_of(args, "sums of dk and dv", state.stream);
+  const int splits = state.pack->work.splits;
+  const auto add_up = [&](const Scratch& parts, const TensorView& destination) {
+    const int64_t elements = destination.num_elements();
+    std::vector<const void*> sources;
+    for (int split = 0; split < splits; ++split) {
+      sources.push_back(parts.as<float>() + split * elements);
+    }
+    const auto build = [&] {
+      std::vector<SumPart> rows;
+      for (int split = 0; split < splits; ++split) {
+        rows.push_back({split, 0, 0, destination.shape[0]});
+      }
+      return make_sum_table(rows, splits, destination.shape[0]);
+    };
+    TableKey key = table_key(args, false, kSplitSums);
+    key.detail = mix(key.detail, static_cast<std::uint64_t>(splits));
+    sum_rows(sources, DType::kFloat32, 1, destination, key, build, state.stream);
+  };
+  add_up(*state.split_dk, args.dk);
+  add_up(*state.split_dv, args.dv);
+}
+
+}  // namespace zigzag::cuda::hopper

@@ -1,0 +1,34 @@
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "backend.h"
+
+namespace zigzag::cuda::hopper {
+
+/// Why this device cannot run the tensor-core kernels; empty when it can.
+std::string unavailable(int device);
+
+/// A backward by the library's tensor-core kernels for Hopper GPUs, in two parts: begin gives what
+/// needs no K and V but the rank's own, finish the rest. dK and dV are summed in float32 registers
+/// and dQ in float32 memory, in an order that changes from call to call; each is rounded once.
+class HopperBackward {
+ public:
+  /// Null, and says why, when this call is not one for these kernels: nothing has been done then.
+  /// `own_rows`: k and v are the rank's own rows.
+  static std::unique_ptr<HopperBackward> begin(const AttendBackwardArgs& args, bool own_rows,
+                                               void* stream, std::string& why);
+  ~HopperBackward();
+  HopperBackward(const HopperBackward&) = delete;
+  HopperBackward& operator=(const HopperBackward&) = delete;
+
+  void finish(const AttendBackwardArgs& args);
+
+ private:
+  struct State;
+  explicit HopperBackward(std::unique_ptr<State> state);
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace zigzag::cuda::hopper

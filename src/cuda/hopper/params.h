@@ -1,0 +1,100 @@
+#pragma once
+
+#include <cstdint>
+
+#include <cuda.h>
+
+namespace zigzag::cuda::hopper {
+
+/// Compiled head widths are 64 and 128; a head_dim takes the narrowest that holds it.
+constexpr int width_of(std::int64_t head_dim) { return head_dim <= 64 ? 64 : 128; }
+/// Query rows of a tile of the backward: as many as leave registers for the sums of dK and dV.
+constexpr int query_tile(int width) { return width == 64 ? 128 : 64; }
+template <int kWidth>
+constexpr int kQueryTile = query_tile(kWidth);
+/// Keys of a tile.
+constexpr int kKeyTile = 128;
+
+/// A document's query rows on this rank: its early rows and then its late ones, one after another
+/// in the shard. In the padded order of lse, delta and sums of dq every document starts a tile.
+struct Span {
+  std::int32_t q_begin;         // row of the shard
+  std::int32_t q_count;         // early and late rows
+  std::int32_t q_early;         // early rows
+  std::int32_t early_position;  // position in the document of the first early row
+  std::int32_t late_position;   // likewise of the first late row
+  std::int32_t tile_begin;      // first tile of the padded order
+};
+
+/// Work of one block of threads in a backward: up to kKeyTile keys of one KV head against the query
+/// tiles of a document that see any of them, for `heads` query heads.
+struct BackwardUnit {
+  std::int32_t span;
+  std::int32_t k_row;       // first row of k and v
+  std::int32_t k_count;     // 1..kKeyTile
+  std::int32_t k_position;  // of the first key in its document
+  std::int32_t dk_row;      // first row of dk and dv
+  std::int32_t first_tile;  // query tiles [first_tile, end_tile) of the span
+  std::int32_t end_tile;
+  std::int32_t kv_head;
+  std::int32_t head;   // first query head
+  std::int32_t heads;  // number of query heads
+  std::int32_t split;  // which of several sums of dk and dv these heads add to
+};
+
+/// A tensor [rows, heads, head_dim] whose elements of a head lie side by side.
+struct Rows {
+  void* data;
+  std::int64_t row;   // elements from row to row
+  std::int64_t head;  // elements from head to head
+};
+
+/// What the backward kernel works on; the maps are those of make_tensor_map.
+struct BackwardParams {
+  CUtensorMap q, dout;  // [local, heads, head_dim], boxes of query_tile rows
+  CUtensorMap k, v;     // [keys, kv_heads, head_dim], boxes of kKeyTile rows
+  const Span* spans;
+  const BackwardUnit* units;
+  const float* lse;           // [heads, tiles x query_tile] x log2(e); +inf where there is no row
+  const float* delta;         // [heads, tiles x query_tile]
+  float* dq;                  // [heads, tiles, query_tile x width] in the order of fragments
+  Rows dk, dv;                // [keys, kv_heads, head_dim]
+  std::int64_t split_stride;  // elements from one split's dk and dv to the next
+  std::int64_t tiles;
+  int head_dim;
+  float scale;
+  float scale_log2;     // scale x log2(e)
+  bool sums_are_float;  // dk and dv; otherwise the kernel's type
+  bool causal;
+};
+
+/// What the passes before and after the backward kernel work on.
+struct PassParams {
+  const Span* spans;
+  std::int64_t span_count;
+  const std::int32_t* tile_span;  // [tiles]: the span of each tile
+  std::int64_t tiles;
+  int heads;
+  int head_dim;
+  Rows out, dout, dq;
+  const float* lse;  // [local, heads]
+  std::int64_t lse_row;
+  float* lse_log2;  // [heads, tiles x query_tile]
+  float* delta;     // likewise
+  float* dq_sums;   // [heads, tiles, query_tile x width]
+  float scale;
+};
+
+/// Launches the kernel for element type T (src/cuda/hopper/instance.cu.in makes one file a type and
+/// width).
+template <typename T, int kWidth>
+void run_backward(const BackwardParams& params, std::int64_t units, void* stream);
+
+/// delta, lse in the padded order, and sums of dq cleared.
+template <typename T>
+void run_before(const PassParams& params, int width, void* stream);
+/// dq in the tensors' type from its sums.
+template <typename T>
+void run_after(const PassParams& params, int width, void* stream);
+
+}  // namespace zigzag::cuda::hopper

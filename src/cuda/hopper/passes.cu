@@ -1,0 +1,135 @@
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "cuda/check.h"
+#include "cuda/convert.cuh"
+#include "cuda/hopper/params.h"
+
+namespace zigzag::cuda::hopper {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kPack = 8;  // elements of an access of 16 bytes
+
+/// One block a tile and head: delta = sum over head_dim of out x dout, lse x log2(e), and the
+/// tile's sums of dq cleared. A row without a visible key (lse -inf) gets +inf, so that its weights
+/// are exp2(-inf) = 0; so do the rows that pad the tile.
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kThreads)
+    before_kernel(const __grid_constant__ PassParams params) {
+  constexpr int kQueries = kQueryTile<kWidth>;
+  constexpr int kLanes = kWidth / kPack;  // threads of a row
+  constexpr int kRows = kThreads / kLanes;
+  const auto tile = static_cast<std::int64_t>(blockIdx.x);
+  const int head = static_cast<int>(blockIdx.y);
+  const Span span = params.spans[params.tile_span[tile]];
+  const int first = static_cast<int>(tile - span.tile_begin) * kQueries;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const std::int64_t padded = (head * params.tiles + tile) * kQueries;
+#pragma unroll
+  for (int pass = 0; pass < kQueries / kRows; ++pass) {
+    const int row = pass * kRows + static_cast<int>(threadIdx.x) / kLanes;
+    const bool live = first + row < span.q_count;
+    const std::int64_t local = span.q_begin + first + row;
+    float sum = 0;
+    if (live && lane * kPack < params.head_dim) {
+      using Values = Pack<T, kPack>;
+      const auto load = [&](const Rows& x) {
+        return *reinterpret_cast<const Values*>(static_cast<const T*>(x.data) + local * x.row +
+                                                head * x.head + lane * kPack);
+      };
+      const Values out = load(params.out);
+      const Values dout = load(params.dout);
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) sum += to_float(out.values[i]) * to_float(dout.values[i]);
+    }
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (lane == 0) {
+      float lse = INFINITY;
+      if (live) {
+        lse = params.lse[local * params.lse_row + head] * 1.4426950408889634f;
+        if (lse == -INFINITY) lse = INFINITY;
+      }
+      params.lse_log2[padded + row] = lse;
+      params.delta[padded + row] = sum;
+    }
+  }
+  auto* sums = reinterpret_cast<float4*>(params.dq_sums + padded * kWidth);
+#pragma unroll
+  for (int i = 0; i < kQueries * kWidth / 4 / kThreads; ++i) {
+    sums[i * kThreads + static_cast<int>(threadIdx.x)] = make_float4(0, 0, 0, 0);
+  }
+}
+
+/// One block a tile and head. A tile's sums lie as the two warp groups of the backward kernel hold
+/// them (backward.cuh), each 64 rows x 64 columns: for every 8 columns, four values of each of 128
+/// threads, columns c, c + 1 of row r and of row r + 8. A thread here takes 8 columns of two rows.
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kThreads)
+    after_kernel(const __grid_constant__ PassParams params) {
+  constexpr int kQueries = kQueryTile<kWidth>;
+  constexpr int kColumnPacks = kWidth / kPack;
+  constexpr int kRowPairs = kThreads / kColumnPacks;
+  const auto tile = static_cast<std::int64_t>(blockIdx.x);
+  const int head = static_cast<int>(blockIdx.y);
+  const Span span = params.spans[params.tile_span[tile]];
+  const int first = static_cast<int>(tile - span.tile_begin) * kQueries;
+  const int column = static_cast<int>(threadIdx.x) % kColumnPacks;
+  const auto* sums = reinterpret_cast<const float4*>(params.dq_sums + (head * params.tiles + tile) *
+                                                                          kQueries * kWidth);
+#pragma unroll
+  for (int pass = 0; pass < kQueries / 2 / kRowPairs; ++pass) {
+    const int pair = pass * kRowPairs + static_cast<int>(threadIdx.x) / kColumnPacks;
+    // A warp holds 16 rows: r and r + 8 in its lanes 4 x (r % 8) and on.
+    const int row = pair / 8 * 16 + pair % 8;
+    const int group = kWidth == 64 ? row / 64 : column / 8;
+    const float4* from = sums + group * 1024 + column % 8 * 128 + pair / 8 % 4 * 32 + pair % 8 * 4;
+    if (first + row >= span.q_count) continue;
+    Pack<T, kPack> upper;
+    Pack<T, kPack> lower;
+#pragma unroll
+    for (int quad = 0; quad < 4; ++quad) {
+      const float4 values = from[quad];
+      upper.values[2 * quad] = from_float<T>(values.x * params.scale);
+      upper.values[2 * quad + 1] = from_float<T>(values.y * params.scale);
+      lower.values[2 * quad] = from_float<T>(values.z * params.scale);
+      lower.values[2 * quad + 1] = from_float<T>(values.w * params.scale);
+    }
+    if (column * kPack >= params.head_dim) continue;
+    T* target = static_cast<T*>(params.dq.data) + (span.q_begin + first + row) * params.dq.row +
+                head * params.dq.head + column * kPack;
+    *reinterpret_cast<Pack<T, kPack>*>(target) = upper;
+    if (first + row + 8 < span.q_count) {
+      *reinterpret_cast<Pack<T, kPack>*>(target + 8 * params.dq.row) = lower;
+    }
+  }
+}
+
+template <typename Kernel>
+void launch(Kernel kernel, const PassParams& params, const char* name, void* stream) {
+  const dim3 grid(static_cast<unsigned>(params.tiles), static_cast<unsigned>(params.heads));
+  kernel<<<grid, kThreads, 0, as_stream(stream)>>>(params);
+  check_launch(name);
+}
+
+}  // namespace
+
+template <typename T>
+void run_before(const PassParams& params, int width, void* stream) {
+  launch(width == 64 ? before_kernel<T, 64> : before_kernel<T, 128>, params, "before_kernel",
+         stream);
+}
+
+template <typename T>
+void run_after(const PassParams& params, int width, void* stream) {
+  launch(width == 64 ? after_kernel<T, 64> : after_kernel<T, 128>, params, "after_kernel", stream);
+}
+
+template void run_before<__half>(const PassParams&, int, void*);
+template void run_before<__nv_bfloat16>(const PassParams&, int, void*);
+template void run_after<__half>(const PassParams&, int, void*);
+template void run_after<__nv_bfloat16>(const PassParams&, int, void*);
+
+}  // namespace zigzag::cuda::hopper

@@ -1,0 +1,35 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "backend.h"
+#include "cuda/hopper/params.h"
+
+namespace zigzag::cuda::hopper {
+
+/// A rank's documents as the kernels see them. Tiles of `tile` query rows are counted through all
+/// documents, each of which starts one.
+struct Spans {
+  std::vector<Span> spans;
+  std::vector<std::int32_t> tile_span;  // the span of each tile
+  std::vector<std::int64_t> documents;  // of each span
+  std::int64_t tiles() const { return static_cast<std::int64_t>(tile_span.size()); }
+};
+
+Spans make_spans(const AttendArgs& args, int tile);
+
+/// A backward as blocks of keys, heaviest first.
+struct BackwardWork {
+  Spans spans;
+  std::vector<BackwardUnit> early;  // keys that are the rank's own rows, where `own_rows` asks
+  std::vector<BackwardUnit> late;   // the others
+  int splits = 1;                   // sums of dk and dv that are to be added up
+};
+
+/// `own_rows`: keys that the rank itself holds become early units, whose k_row counts rows of the
+/// shard. `processors`: multiprocessors of the GPU, over which units are balanced. Not for windows.
+BackwardWork make_backward_work(const AttendArgs& args, bool own_rows, int processors);
+
+}  // namespace zigzag::cuda::hopper
