@@ -72,6 +72,10 @@ class CudaBackend final : public Backend {
   void attend(const AttendArgs& args) override {
     if (args.q.num_elements() == 0) return;
     std::string why;
+    if (kernels_ != Kernels::kReference && engine_allowed(Engine::kHopper) &&
+        hopper::forward(args, stream_, why)) {
+      return;
+    }
     if (CudnnEngine* engine = cudnn()) {
       if (cudnn_forward(*engine, args, stream_, why)) return;
     }

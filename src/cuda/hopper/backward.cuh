@@ -1,28 +1,8 @@
 #pragma once
 
-#include <cuda_runtime.h>
-#include <cute/tensor.hpp>
-#include <cutlass/arch/barrier.h>
-#include <cutlass/arch/reg_reconfig.h>
-
-#include "cuda/hopper/params.h"
+#include "cuda/hopper/common.cuh"
 
 namespace zigzag::cuda::hopper {
-
-using Barrier = cutlass::arch::ClusterTransactionBarrier;
-using cute::_;
-using cute::_1;
-using cute::_2;
-using cute::Int;
-using cute::Layout;
-using cute::Shape;
-
-/// Threads of the backward kernel: a warp group that loads, and two that compute.
-constexpr int kBackwardThreads = 384;
-constexpr int kComputeThreads = 256;
-
-/// Numbers of named barriers; 0 is __syncthreads.
-enum NamedBarrier : std::uint32_t { kComputeBarrier = 1, kGroupBarrier = 2 };
 
 /// Types of the backward kernel: tiles, their places in shared memory and the matrix products.
 /// T: cutlass::half_t or cutlass::bfloat16_t.
@@ -80,35 +60,6 @@ struct Backward {
   };
 };
 
-/// 2^x, 0 for -inf.
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ std::uint32_t pack(float low, float high, cutlass::bfloat16_t) {
-  std::uint32_t bits;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
-  return bits;
-}
-__device__ __forceinline__ std::uint32_t pack(float low, float high, cutlass::half_t) {
-  std::uint32_t bits;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
-  return bits;
-}
-
-/// A fragment rounded to T, in the same order.
-template <typename T, class Fragment>
-__device__ __forceinline__ auto rounded(const Fragment& values) {
-  auto result = cute::make_tensor<T>(values.layout());
-  auto words = cute::recast<std::uint32_t>(result);
-#pragma unroll
-  for (int i = 0; i < cute::size(words); ++i)
-    words(i) = pack(values(2 * i), values(2 * i + 1), T{});
-  return result;
-}
-
 /// Adds `bytes` of float32 sums in shared memory to those in global memory, asynchronously.
 __device__ __forceinline__ void bulk_add(float* global, const float* shared, int bytes) {
   asm volatile(
@@ -125,55 +76,14 @@ __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-/// c (+)= a x b for the tiles of a warp group, given to the tensor cores and not waited for.
-template <bool kClear, class Mma, class A, class B, class C>
-__device__ __forceinline__ void multiply(Mma& mma, A&& a, const B& b, C& c) {
-  constexpr bool kFromRegisters =
-      !std::is_base_of_v<cute::GMMA::DescriptorIterator, typename Mma::FrgTypeA>;
-  if constexpr (kFromRegisters) cute::warpgroup_fence_operand(a);
-  cute::warpgroup_fence_operand(c);
-  cute::warpgroup_arrive();
-  mma.accumulate_ = kClear ? cute::GMMA::ScaleOut::Zero : cute::GMMA::ScaleOut::One;
-  CUTE_UNROLL
-  for (int i = 0; i < cute::size<2>(a); ++i) {
-    cute::gemm(mma, a(_, _, i), b(_, _, i), c);
-    mma.accumulate_ = cute::GMMA::ScaleOut::One;
-  }
-  cute::warpgroup_commit_batch();
-  cute::warpgroup_fence_operand(c);
-  if constexpr (kFromRegisters) cute::warpgroup_fence_operand(a);
-}
-
-/// Sets rows [first, rows) of a tile in shared memory to zero, by all computing threads.
-template <int kWidth, class Tile>
-__device__ void clear_rows(const Tile& tile, int first, int rows, int thread) {
-  using T = typename Tile::value_type;
-  for (int i = thread; i < (rows - first) * kWidth; i += kComputeThreads) {
-    tile(first + i / kWidth, i % kWidth) = T(0);
-  }
-}
-
-__device__ __forceinline__ void compute_barrier() {
-  cutlass::arch::NamedBarrier::sync(kComputeThreads, kComputeBarrier);
-}
-
 template <typename T, int kWidth>
 __device__ void load_tiles(const BackwardParams& params, const BackwardUnit& unit, const Span& span,
                            typename Backward<T, kWidth>::Shared& shared) {
   using Types = Backward<T, kWidth>;
   constexpr int kQueries = Types::kQueries;
-  constexpr auto kHint = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-  const auto load = [&](const CUtensorMap& map, std::uint64_t* barrier, T* tile, int rows, int row,
-                        int head) {
-#pragma unroll
-    for (int part = 0; part < kWidth / 64; ++part) {
-      cute::SM90_TMA_LOAD_3D::copy(&map, barrier, kHint, tile + part * rows * 64, part * 64, row,
-                                   head);
-    }
-  };
   Barrier::arrive_and_expect_tx(&shared.keys_full, 2 * kKeyTile * kWidth * sizeof(T));
-  load(params.k, &shared.keys_full, shared.k, kKeyTile, unit.k_row, unit.kv_head);
-  load(params.v, &shared.keys_full, shared.v, kKeyTile, unit.k_row, unit.kv_head);
+  load_tile<kWidth>(params.k, &shared.keys_full, shared.k, kKeyTile, unit.k_row, unit.kv_head);
+  load_tile<kWidth>(params.v, &shared.keys_full, shared.v, kKeyTile, unit.k_row, unit.kv_head);
   int n = 0;
   for (int head = unit.head; head < unit.head + unit.heads; ++head) {
     for (int tile = unit.first_tile; tile < unit.end_tile; ++tile, ++n) {
@@ -185,12 +95,14 @@ __device__ void load_tiles(const BackwardParams& params, const BackwardUnit& uni
       const int row = span.q_begin + tile * kQueries;
       Barrier::wait(&shared.q_empty[stage], phase);
       Barrier::arrive_and_expect_tx(&shared.q_full[stage], kBytes);
-      load(params.q, &shared.q_full[stage], shared.q + stage * kTile, kQueries, row, head);
+      load_tile<kWidth>(params.q, &shared.q_full[stage], shared.q + stage * kTile, kQueries, row,
+                        head);
       cute::SM90_BULK_COPY_G2S::copy(params.lse + padded, &shared.q_full[stage], shared.lse[stage],
                                      kQueries * sizeof(float));
       Barrier::wait(&shared.dout_empty[stage], phase);
       Barrier::arrive_and_expect_tx(&shared.dout_full[stage], kBytes);
-      load(params.dout, &shared.dout_full[stage], shared.dout + stage * kTile, kQueries, row, head);
+      load_tile<kWidth>(params.dout, &shared.dout_full[stage], shared.dout + stage * kTile,
+                        kQueries, row, head);
       cute::SM90_BULK_COPY_G2S::copy(params.delta + padded, &shared.dout_full[stage],
                                      shared.delta[stage], kQueries * sizeof(float));
     }
@@ -204,7 +116,7 @@ __device__ void compute(const BackwardParams& params, const BackwardUnit& unit, 
   using Types = Backward<T, kWidth>;
   constexpr int kQueries = Types::kQueries;
   constexpr int kStages = Types::kStages;
-  const int thread = static_cast<int>(threadIdx.x) - (kBackwardThreads - kComputeThreads);
+  const int thread = static_cast<int>(threadIdx.x) - (kBlockThreads - kComputeThreads);
   const int group = __shfl_sync(0xffffffffu, thread / 128, 0);
   const int in_group = thread % 128;
   const int lane = thread % 32;
@@ -283,12 +195,9 @@ __device__ void compute(const BackwardParams& params, const BackwardUnit& unit, 
     warpgroup_wait<1>();
     warpgroup_fence_operand(s);
 
-    const auto position = [&](int row) {
-      return row < span.q_early ? span.early_position + row
-                                : span.late_position + row - span.q_early;
-    };
-    const bool masked = short_keys || live < kQueries ||
-                        (params.causal && position(first_row) < unit.k_position + unit.k_count - 1);
+    const bool masked =
+        short_keys || live < kQueries ||
+        (params.causal && position_of(span, first_row) < unit.k_position + unit.k_count - 1);
     if (masked) {
 #pragma unroll
       for (int c = 0; c < kQueries / 8; ++c) {
@@ -296,7 +205,8 @@ __device__ void compute(const BackwardParams& params, const BackwardUnit& unit, 
         for (int x = 0; x < 2; ++x) {
           const int query = 8 * c + column + x;
           int last = unit.k_count - 1;
-          if (params.causal) last = min(last, position(first_row + query) - unit.k_position);
+          if (params.causal)
+            last = min(last, position_of(span, first_row + query) - unit.k_position);
           if (query >= live) last = -1;
           const float lse = shared.lse[stage][query];
 #pragma unroll
@@ -349,7 +259,7 @@ __device__ void compute(const BackwardParams& params, const BackwardUnit& unit, 
 
     float* const staged = shared.dq + group * (kQueries * kWidth / 2);
     if (in_group == 0) bulk_wait_read();
-    cutlass::arch::NamedBarrier::sync(128, kGroupBarrier + static_cast<std::uint32_t>(group));
+    group_barrier(group);
     static_assert(size(dq) == 32);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -357,7 +267,7 @@ __device__ void compute(const BackwardParams& params, const BackwardUnit& unit, 
           make_float4(dq(4 * i), dq(4 * i + 1), dq(4 * i + 2), dq(4 * i + 3));
     }
     cutlass::arch::fence_view_async_shared();
-    cutlass::arch::NamedBarrier::sync(128, kGroupBarrier + static_cast<std::uint32_t>(group));
+    group_barrier(group);
     if (in_group == 0) {
       float* const sums = params.dq +
                           (head * params.tiles + span.tile_begin + tile) * (kQueries * kWidth) +
@@ -403,13 +313,11 @@ __device__ void compute(const BackwardParams& params, const BackwardUnit& unit, 
 }
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kBackwardThreads, 1)
+__global__ void __launch_bounds__(kBlockThreads, 1)
     backward_kernel(const __grid_constant__ BackwardParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Types = Backward<T, kWidth>;
-  extern __shared__ char memory[];
-  auto& shared = *reinterpret_cast<typename Types::Shared*>(
-      (reinterpret_cast<std::uintptr_t>(memory) + 1023) / 1024 * 1024);
+  auto& shared = shared_memory<typename Types::Shared>();
   const BackwardUnit unit = params.units[blockIdx.x];
   const Span span = params.spans[unit.span];
   if (threadIdx.x == 0) {
@@ -424,7 +332,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
-  if (threadIdx.x < kBackwardThreads - kComputeThreads) {
+  if (threadIdx.x < kBlockThreads - kComputeThreads) {
     cutlass::arch::warpgroup_reg_dealloc<24>();
     if (threadIdx.x == 0) load_tiles<T, kWidth>(params, unit, span, shared);
   } else {

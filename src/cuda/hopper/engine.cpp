@@ -1,6 +1,8 @@
 #include "cuda/hopper/engine.h"
 
+#include <algorithm>
 #include <cstddef>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -27,7 +29,7 @@ using std::int64_t;
 
 constexpr double kLog2E = 1.4426950408889634;
 
-enum TableKind : std::uint32_t { kBackwardTables = 30, kSplitSums };
+enum TableKind : std::uint32_t { kForwardTables = 30, kBackwardTables, kSplitSums };
 
 bool aligned(const TensorView& view) {
   const int64_t elements = 16 / item_size(view.dtype);
@@ -65,22 +67,21 @@ const Abilities& abilities(int device) {
   return one;
 }
 
-bool fits(const AttendBackwardArgs& args, std::string& why) {
+bool fits(const AttendArgs& args, std::string& why) {
   const int64_t head_dim = args.q.shape[2];
   if (const std::string& missing = abilities(args.q.device.index).why_not; !missing.empty()) {
     why = missing;
   } else if (args.q.dtype == DType::kFloat32) {
     why = "the tensor cores take no float32";
-  } else if (args.deterministic) {
-    why = "sums of dq are made in no fixed order";
   } else if (args.softcap != 0) {
     why = "no softcap in the tensor-core kernels";
+  } else if (args.scale <= 0) {
+    why = "the tensor-core kernels want a positive scale";
   } else if (head_dim % 8 != 0 || head_dim > 128) {
     why = "the tensor-core kernels want a head_dim that is a multiple of 8 up to 128";
   } else if (!launches_express(args.mask)) {
     why = "no windows in the tensor-core kernels";
-  } else if (!aligned(args.q) || !aligned(args.k) || !aligned(args.v) || !aligned(args.out) ||
-             !aligned(args.dout) || !aligned(args.dq)) {
+  } else if (!aligned(args.q) || !aligned(args.k) || !aligned(args.v) || !aligned(args.out)) {
     why = "the tensor-core kernels want rows and heads that start at multiples of 16 bytes";
   } else if (args.lse.strides[1] != 1) {
     why = "the tensor-core kernels want the heads of lse side by side";
@@ -92,9 +93,26 @@ bool fits(const AttendBackwardArgs& args, std::string& why) {
   return false;
 }
 
+bool fits_backward(const AttendBackwardArgs& args, std::string& why) {
+  if (args.deterministic) {
+    why = "sums of dq are made in no fixed order";
+  } else if (!aligned(args.dout) || !aligned(args.dq)) {
+    why = "the tensor-core kernels want rows and heads that start at multiples of 16 bytes";
+  } else {
+    return fits(args, why);
+  }
+  return false;
+}
+
 Rows rows_of(const TensorView& view) { return {view.data, view.strides[0], view.strides[1]}; }
 
 /// A pack's tables in one run of bytes.
+struct ForwardPack {
+  ForwardWork work;
+  std::vector<std::byte> bytes;
+  std::size_t units_at = 0;  // spans stand first
+};
+
 struct BackwardPack {
   BackwardWork work;
   std::vector<std::byte> bytes;
@@ -148,6 +166,53 @@ TimelineScope span_of(const AttendArgs& args, std::string_view name, void* strea
 }
 
 }  // namespace
+
+bool forward(const AttendArgs& args, void* stream_pointer, std::string& why) {
+  if (!fits(args, why)) return false;
+  static auto* recent = new Recent<TableKey, ForwardPack>(256);
+  const TableKey key = table_key(args, false, kForwardTables);
+  const auto pack = recent->get(key, [&] {
+    ForwardPack fresh;
+    fresh.work = make_forward_work(args);
+    append(fresh.bytes, fresh.work.spans.spans);
+    fresh.units_at = append(fresh.bytes, fresh.work.units);
+    return fresh;
+  });
+  const cudaStream_t stream = as_stream(stream_pointer);
+  DeviceState& device = DeviceState::get(args.q.device.index);
+  DeviceGuard guard(args.q.device.index);
+  const TableUse table(device.table(key, [&] { return pack->bytes; }), stream);
+  const Scratch counter(device, sizeof(int), stream);
+  check(cudaMemsetAsync(counter.data(), 0, sizeof(int), stream), "cudaMemsetAsync");
+
+  const int64_t heads = args.q.shape[1];
+  const int64_t tiles = static_cast<int64_t>(pack->work.units.size()) * heads;
+  if (tiles > std::numeric_limits<int>::max() / 2) {
+    throw DeviceError("the attention has too many tiles for one launch");
+  }
+  ForwardParams params{};
+  params.q = make_tensor_map(args.q, kForwardTile);
+  params.k = make_tensor_map(args.k, kKeyTile);
+  params.v = make_tensor_map(args.v, kKeyTile);
+  params.spans = table.as<Span>();
+  params.units = reinterpret_cast<const ForwardUnit*>(table.as<std::byte>() + pack->units_at);
+  params.tiles = static_cast<int>(tiles);
+  params.next_tile = counter.as<int>();
+  params.out = rows_of(args.out);
+  params.lse = args.lse.as<float>();
+  params.lse_row = args.lse.strides[0];
+  params.heads = static_cast<int>(heads);
+  params.group = static_cast<int>(heads / args.k.shape[1]);
+  params.head_dim = static_cast<int>(args.q.shape[2]);
+  params.scale_log2 = static_cast<float>(args.scale * kLog2E);
+  params.causal = args.mask.causal;
+  const int blocks =
+      static_cast<int>(std::min<int64_t>(tiles, abilities(args.q.device.index).processors));
+  const auto scope = span_of(args, "forward", stream);
+  dispatch(args.q.dtype, width_of(args.q.shape[2]),
+           [&]<typename T, int kWidth>() { run_forward<T, kWidth>(params, blocks, stream); });
+  return true;
+}
 
 std::string unavailable(int device) { return abilities(device).why_not; }
 
@@ -243,7 +308,7 @@ HopperBackward::~HopperBackward() = default;
 
 std::unique_ptr<HopperBackward> HopperBackward::begin(const AttendBackwardArgs& args, bool own_rows,
                                                       void* stream, std::string& why) {
-  if (!fits(args, why)) return nullptr;
+  if (!fits_backward(args, why)) return nullptr;
   DeviceGuard guard(args.q.device.index);
   auto state = std::make_unique<State>(args, own_rows, as_stream(stream));
   const BackwardWork& work = state->pack->work;

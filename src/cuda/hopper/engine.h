@@ -10,6 +10,10 @@ namespace zigzag::cuda::hopper {
 /// Why this device cannot run the tensor-core kernels; empty when it can.
 std::string unavailable(int device);
 
+/// A forward by the library's tensor-core kernels for Hopper GPUs. False, and says why, when this
+/// call is not one for them: nothing has been done then.
+bool forward(const AttendArgs& args, void* stream, std::string& why);
+
 /// A backward by the library's tensor-core kernels for Hopper GPUs, in two parts: begin gives what
 /// needs no K and V but the rank's own, finish the rest. dK and dV are summed in float32 registers
 /// and dQ in float32 memory, in an order that changes from call to call; each is rounded once.

@@ -24,6 +24,19 @@ struct Span {
   std::int32_t early_position;  // position in the document of the first early row
   std::int32_t late_position;   // likewise of the first late row
   std::int32_t tile_begin;      // first tile of the padded order
+  std::int32_t k_begin;         // row of the gathered keys that holds the document's first
+  std::int32_t k_count;         // gathered keys of the document
+};
+
+/// Query rows of a tile of the forward.
+constexpr int kForwardTile = 128;
+
+/// A tile of the forward: rows of a span from tile x kForwardTile on, which see the document's keys
+/// [0, end_key) at most.
+struct ForwardUnit {
+  std::int32_t span;
+  std::int32_t tile;
+  std::int32_t end_key;
 };
 
 /// Work of one block of threads in a backward: up to kKeyTile keys of one KV head against the query
@@ -47,6 +60,24 @@ struct Rows {
   void* data;
   std::int64_t row;   // elements from row to row
   std::int64_t head;  // elements from head to head
+};
+
+/// What the forward kernel works on; the maps are those of make_tensor_map.
+struct ForwardParams {
+  CUtensorMap q;     // [local, heads, head_dim], boxes of kForwardTile rows
+  CUtensorMap k, v;  // [keys, kv_heads, head_dim], boxes of kKeyTile rows
+  const Span* spans;
+  const ForwardUnit* units;
+  int tiles;       // units x heads, numbered unit after unit
+  int* next_tile;  // 0 before the launch
+  Rows out;        // [local, heads, head_dim]
+  float* lse;      // [local, heads]
+  std::int64_t lse_row;
+  int heads;
+  int group;  // query heads of a KV head
+  int head_dim;
+  float scale_log2;  // scale x log2(e), positive
+  bool causal;
 };
 
 /// What the backward kernel works on; the maps are those of make_tensor_map.
@@ -84,6 +115,10 @@ struct PassParams {
   float* dq_sums;   // [heads, tiles, query_tile x width]
   float scale;
 };
+
+/// Launches the kernel for element type T with `blocks` blocks, at most one a multiprocessor.
+template <typename T, int kWidth>
+void run_forward(const ForwardParams& params, int blocks, void* stream);
 
 /// Launches the kernel for element type T (src/cuda/hopper/instance.cu.in makes one file a type and
 /// width).

@@ -114,7 +114,7 @@ Spans make_spans(const AttendArgs& args, int tile) {
     const int64_t count = items.size() == 2 ? first.q_count + last.q_count : first.q_count;
     const int64_t late = items.size() == 2 ? last.q_position : first.q_position + first.q_count;
     result.spans.push_back({narrow(first.q_begin), narrow(count), narrow(first.q_count),
-                            narrow(first.q_position), narrow(late), narrow(tiles)});
+                            narrow(first.q_position), narrow(late), narrow(tiles), 0, 0});
     result.documents.push_back(document);
     const int64_t end = tiles + (count + tile - 1) / tile;
     for (; tiles < end; ++tiles) {
@@ -122,7 +122,41 @@ Spans make_spans(const AttendArgs& args, int tile) {
     }
   }
   narrow(tiles);
+  std::size_t index = 0;
+  for (const KeyRange& range : args.plan->gathered_ranges(args.rank, args.mask)) {
+    if (range.begin == range.end) continue;
+    while (index < result.documents.size() && result.documents[index] < range.document) ++index;
+    if (index == result.documents.size() || result.documents[index] != range.document ||
+        range.begin != 0) {
+      throw DeviceError("gathered keys are not those of a document from its start");
+    }
+    result.spans[index].k_begin = narrow(range.row);
+    result.spans[index].k_count = narrow(range.end);
+  }
   return result;
+}
+
+ForwardWork make_forward_work(const AttendArgs& args) {
+  ForwardWork work;
+  work.spans = make_spans(args, kForwardTile);
+  for (std::size_t i = 0; i < work.spans.spans.size(); ++i) {
+    const Span& span = work.spans.spans[i];
+    for (std::int32_t tile = 0; tile * kForwardTile < span.q_count; ++tile) {
+      std::int32_t end_key = span.k_count;
+      if (args.mask.causal) {
+        const std::int32_t last = std::min(span.q_count, (tile + 1) * kForwardTile) - 1;
+        const std::int32_t position = last < span.q_early
+                                          ? span.early_position + last
+                                          : span.late_position + last - span.q_early;
+        end_key = std::min(end_key, position + 1);
+      }
+      work.units.push_back({static_cast<std::int32_t>(i), tile, end_key});
+    }
+  }
+  std::stable_sort(
+      work.units.begin(), work.units.end(),
+      [](const ForwardUnit& a, const ForwardUnit& b) { return a.end_key > b.end_key; });
+  return work;
 }
 
 BackwardWork make_backward_work(const AttendArgs& args, bool own_rows, int processors) {

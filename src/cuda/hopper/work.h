@@ -20,6 +20,14 @@ struct Spans {
 
 Spans make_spans(const AttendArgs& args, int tile);
 
+/// A forward as tiles of queries, heaviest first. Not for windows.
+struct ForwardWork {
+  Spans spans;
+  std::vector<ForwardUnit> units;
+};
+
+ForwardWork make_forward_work(const AttendArgs& args);
+
 /// A backward as blocks of keys, heaviest first.
 struct BackwardWork {
   Spans spans;

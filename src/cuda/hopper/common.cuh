@@ -1,0 +1,119 @@
+#pragma once
+
+#include <cuda_runtime.h>
+#include <cute/tensor.hpp>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "cuda/hopper/params.h"
+
+// What the forward and the backward kernel share.
+namespace zigzag::cuda::hopper {
+
+using Barrier = cutlass::arch::ClusterTransactionBarrier;
+using cute::_;
+using cute::_1;
+using cute::_2;
+using cute::Int;
+using cute::Layout;
+using cute::Shape;
+
+/// Threads of a block: a warp group that loads, and two that compute.
+constexpr int kBlockThreads = 384;
+constexpr int kComputeThreads = 256;
+
+/// Numbers of named barriers; 0 is __syncthreads. kGroupBarrier and kTurnBarrier have one a warp
+/// group that computes.
+enum NamedBarrier : std::uint32_t { kComputeBarrier = 1, kGroupBarrier = 2, kTurnBarrier = 4 };
+
+__device__ __forceinline__ void compute_barrier() {
+  cutlass::arch::NamedBarrier::sync(kComputeThreads, kComputeBarrier);
+}
+__device__ __forceinline__ void group_barrier(int group) {
+  cutlass::arch::NamedBarrier::sync(128, kGroupBarrier + static_cast<std::uint32_t>(group));
+}
+
+/// 2^x, 0 for -inf.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ std::uint32_t pack(float low, float high, cutlass::bfloat16_t) {
+  std::uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+__device__ __forceinline__ std::uint32_t pack(float low, float high, cutlass::half_t) {
+  std::uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+/// A fragment rounded to T, in the same order.
+template <typename T, class Fragment>
+__device__ __forceinline__ auto rounded(const Fragment& values) {
+  auto result = cute::make_tensor<T>(values.layout());
+  auto words = cute::recast<std::uint32_t>(result);
+#pragma unroll
+  for (int i = 0; i < cute::size(words); ++i) {
+    words(i) = pack(values(2 * i), values(2 * i + 1), T{});
+  }
+  return result;
+}
+
+/// c (+)= a x b for the tiles of a warp group, given to the tensor cores and not waited for.
+template <bool kClear, class Mma, class A, class B, class C>
+__device__ __forceinline__ void multiply(Mma& mma, A&& a, const B& b, C& c) {
+  constexpr bool kFromRegisters =
+      !std::is_base_of_v<cute::GMMA::DescriptorIterator, typename Mma::FrgTypeA>;
+  if constexpr (kFromRegisters) cute::warpgroup_fence_operand(a);
+  cute::warpgroup_fence_operand(c);
+  cute::warpgroup_arrive();
+  mma.accumulate_ = kClear ? cute::GMMA::ScaleOut::Zero : cute::GMMA::ScaleOut::One;
+  CUTE_UNROLL
+  for (int i = 0; i < cute::size<2>(a); ++i) {
+    cute::gemm(mma, a(_, _, i), b(_, _, i), c);
+    mma.accumulate_ = cute::GMMA::ScaleOut::One;
+  }
+  cute::warpgroup_commit_batch();
+  cute::warpgroup_fence_operand(c);
+  if constexpr (kFromRegisters) cute::warpgroup_fence_operand(a);
+}
+
+/// Sets rows [first, rows) of a tile in shared memory to zero, by all computing threads.
+template <int kWidth, class Tile>
+__device__ void clear_rows(const Tile& tile, int first, int rows, int thread) {
+  using T = typename Tile::value_type;
+  for (int i = thread; i < (rows - first) * kWidth; i += kComputeThreads) {
+    tile(first + i / kWidth, i % kWidth) = T(0);
+  }
+}
+
+/// Loads `rows` rows of a head, 64 columns a copy; `barrier` is told the bytes.
+template <int kWidth, typename T>
+__device__ __forceinline__ void load_tile(const CUtensorMap& map, std::uint64_t* barrier, T* tile,
+                                          int rows, int row, int head) {
+  constexpr auto kHint = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+#pragma unroll
+  for (int part = 0; part < kWidth / 64; ++part) {
+    cute::SM90_TMA_LOAD_3D::copy(&map, barrier, kHint, tile + part * rows * 64, part * 64, row,
+                                 head);
+  }
+}
+
+/// The position in its document of a row of a span.
+__device__ __forceinline__ int position_of(const Span& span, int row) {
+  return row < span.q_early ? span.early_position + row : span.late_position + row - span.q_early;
+}
+
+/// The block's structure in dynamic shared memory, whose tiles start at multiples of 1024 bytes.
+template <class Shared>
+__device__ __forceinline__ Shared& shared_memory() {
+  extern __shared__ char memory[];
+  return *reinterpret_cast<Shared*>((reinterpret_cast<std::uintptr_t>(memory) + 1023) / 1024 *
+                                    1024);
+}
+
+}  // namespace zigzag::cuda::hopper

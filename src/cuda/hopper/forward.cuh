@@ -1,0 +1,349 @@
+#pragma once
+
+#include "cuda/hopper/common.cuh"
+
+namespace zigzag::cuda::hopper {
+
+/// Types of the forward kernel: tiles, their places in shared memory and the matrix products.
+/// T: cutlass::half_t or cutlass::bfloat16_t.
+template <typename T, int kWidth>
+struct Forward {
+  static constexpr int kStages = 2;
+  static constexpr auto kK = cute::GMMA::Major::K;
+  static constexpr auto kMn = cute::GMMA::Major::MN;
+
+  // S [queries, keys] and out [queries, width]: each warp group has 64 queries.
+  using MmaScores = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<T, T, float,
+                                 Shape<Int<kForwardTile>, Int<kKeyTile>, Int<kWidth>>>(),
+      Layout<Shape<_2, _1, _1>>{}));
+  // P comes from the registers that it was made in.
+  using MmaValues = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<T, T, float, Shape<Int<kForwardTile>, Int<kWidth>, Int<kKeyTile>>,
+                                 kK, kMn>(),
+      Layout<Shape<_2, _1, _1>>{}));
+
+  using QueryLayout = decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<T>{},
+                                                   Shape<Int<kForwardTile>, Int<kWidth>>{}));
+  using KeyLayout = decltype(cute::tile_to_shape(
+      cute::GMMA::Layout_K_SW128_Atom<T>{}, Shape<Int<kKeyTile>, Int<kWidth>, Int<kStages>>{}));
+  using KeyLayoutT = decltype(cute::composition(
+      KeyLayout{}, Layout<Shape<Int<kWidth>, Int<kKeyTile>, Int<kStages>>,
+                          cute::Stride<Int<kKeyTile>, _1, Int<kKeyTile * kWidth>>>{}));
+
+  struct Shared {
+    alignas(1024) T q[kForwardTile * kWidth];
+    alignas(1024) T k[kStages * kKeyTile * kWidth];
+    alignas(1024) T v[kStages * kKeyTile * kWidth];
+    alignas(1024) T out[kForwardTile * kWidth];
+    std::uint64_t q_full, q_empty;
+    std::uint64_t k_full[kStages], k_empty[kStages];
+    std::uint64_t v_full[kStages], v_empty[kStages];
+    std::uint64_t work_full[2], work_empty[2];
+    int work[2];  // numbers of tiles; negative: there are no more
+  };
+};
+
+/// A tile of queries of one head.
+struct ForwardTile {
+  Span span;
+  int head;
+  int first_row;  // of the span
+  int end_key;    // keys [0, end_key) are seen by some of the rows
+  int blocks;     // of kKeyTile keys
+};
+
+__device__ __forceinline__ ForwardTile tile_of(const ForwardParams& params, int number) {
+  const ForwardUnit unit = params.units[number / params.heads];
+  ForwardTile tile;
+  tile.span = params.spans[unit.span];
+  tile.head = number % params.heads;
+  tile.first_row = unit.tile * kForwardTile;
+  tile.end_key = unit.end_key;
+  tile.blocks = (unit.end_key + kKeyTile - 1) / kKeyTile;
+  return tile;
+}
+
+template <typename T, int kWidth>
+__device__ void load_forward(const ForwardParams& params,
+                             typename Forward<T, kWidth>::Shared& shared) {
+  using Types = Forward<T, kWidth>;
+  constexpr int kTileBytes = kKeyTile * kWidth * static_cast<int>(sizeof(T));
+  int n = 0;  // blocks of keys given so far
+  const auto give = [&](const CUtensorMap& map, std::uint64_t* full, std::uint64_t* empty, T* tiles,
+                        int count, int row, int head) {
+    const int stage = count % Types::kStages;
+    Barrier::wait(&empty[stage], static_cast<std::uint32_t>(count / Types::kStages + 1) % 2);
+    Barrier::arrive_and_expect_tx(&full[stage], kTileBytes);
+    load_tile<kWidth>(map, &full[stage], tiles + stage * kKeyTile * kWidth, kKeyTile, row, head);
+  };
+  for (int i = 0;; ++i) {
+    const int number = atomicAdd(params.next_tile, 1);
+    const bool live = number < params.tiles;
+    Barrier::wait(&shared.work_empty[i % 2], static_cast<std::uint32_t>(i / 2 + 1) % 2);
+    shared.work[i % 2] = live ? number : -1;
+    Barrier::arrive(&shared.work_full[i % 2]);
+    if (!live) break;
+    const ForwardTile tile = tile_of(params, number);
+    const int kv_head = tile.head / params.group;
+    const auto row = [&](int block) { return tile.span.k_begin + block * kKeyTile; };
+    Barrier::wait(&shared.q_empty, static_cast<std::uint32_t>(i + 1) % 2);
+    Barrier::arrive_and_expect_tx(&shared.q_full,
+                                  kForwardTile * kWidth * static_cast<int>(sizeof(T)));
+    load_tile<kWidth>(params.q, &shared.q_full, shared.q, kForwardTile,
+                      tile.span.q_begin + tile.first_row, tile.head);
+    for (int block = tile.blocks - 1; block >= 0; --block, ++n) {
+      give(params.k, shared.k_full, shared.k_empty, shared.k, n, row(block), kv_head);
+      // A block's values are wanted one block later than its keys.
+      if (block < tile.blocks - 1) {
+        give(params.v, shared.v_full, shared.v_empty, shared.v, n - 1, row(block + 1), kv_head);
+      }
+    }
+    give(params.v, shared.v_full, shared.v_empty, shared.v, n - 1, row(0), kv_head);
+  }
+}
+
+template <typename T, int kWidth>
+__device__ void compute_forward(const ForwardParams& params,
+                                typename Forward<T, kWidth>::Shared& shared) {
+  using namespace cute;
+  using Types = Forward<T, kWidth>;
+  constexpr int kStages = Types::kStages;
+  constexpr int kColumns = kKeyTile / 8;
+  const int thread = static_cast<int>(threadIdx.x) - (kBlockThreads - kComputeThreads);
+  const int group = __shfl_sync(0xffffffffu, thread / 128, 0);
+  const int in_group = thread % 128;
+  const int lane = thread % 32;
+
+  const auto sq = make_tensor(make_smem_ptr(shared.q), typename Types::QueryLayout{});
+  const auto sk = make_tensor(make_smem_ptr(shared.k), typename Types::KeyLayout{});
+  const auto sv = make_tensor(make_smem_ptr(shared.v), typename Types::KeyLayout{});
+  const auto sv_t = make_tensor(make_smem_ptr(shared.v), typename Types::KeyLayoutT{});
+  const auto sout = make_tensor(make_smem_ptr(shared.out), typename Types::QueryLayout{});
+  typename Types::MmaScores mma_scores;
+  typename Types::MmaValues mma_values;
+  const auto scores_slice = mma_scores.get_slice(group * 128);
+  const auto values_slice = mma_values.get_slice(group * 128);
+  const auto q_tiles = scores_slice.partition_fragment_A(sq);
+  const auto k_tiles = scores_slice.partition_fragment_B(sk);
+  const auto v_tiles = values_slice.partition_fragment_B(sv_t);
+  const auto store_out = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, T>{}, mma_values);
+  const auto store_slice = store_out.get_slice(thread);
+  auto stored_out = store_slice.partition_D(sout);
+  using AsFactor = Layout<Shape<Shape<_2, _2, _2>, _1, Int<kKeyTile / 16>>>;
+
+  auto out = partition_fragment_C(mma_values, Shape<Int<kForwardTile>, Int<kWidth>>{});
+  const int row = group * 64 + in_group / 32 * 16 + lane / 4;  // of values 0, 1; the others: + 8
+  const int column = lane % 4 * 2;                             // of value 0 of every 8 columns
+
+  // The warp groups take turns in giving work to the tensor cores, so that the softmax of one runs
+  // under the products of the other.
+  const auto take_turn = [&] {
+    cutlass::arch::NamedBarrier::sync(kComputeThreads,
+                                      kTurnBarrier + static_cast<std::uint32_t>(group));
+  };
+  const auto pass_turn = [&] {
+    cutlass::arch::NamedBarrier::arrive(kComputeThreads,
+                                        kTurnBarrier + static_cast<std::uint32_t>(1 - group));
+  };
+  if (group == 1) pass_turn();
+
+  int n = 0;  // blocks of keys so far
+  for (int i = 0;; ++i) {
+    Barrier::wait(&shared.work_full[i % 2], static_cast<std::uint32_t>(i / 2) % 2);
+    const int number = shared.work[i % 2];
+    __syncwarp();
+    if (lane == 0) Barrier::arrive(&shared.work_empty[i % 2]);
+    if (number < 0) break;
+    const ForwardTile tile = tile_of(params, number);
+    const int live = tile.span.q_count - tile.first_row;
+    const int first_position = position_of(tile.span, tile.first_row);
+    int last_key[2];  // that each of this thread's two rows sees
+#pragma unroll
+    for (int y = 0; y < 2; ++y) {
+      last_key[y] = tile.span.k_count - 1;
+      if (params.causal && row + 8 * y < live) {
+        last_key[y] = min(last_key[y], position_of(tile.span, tile.first_row + row + 8 * y));
+      }
+    }
+    float most[2] = {-INFINITY, -INFINITY};
+    float sum[2] = {0, 0};
+
+    // Turns scores into weights and `most` and `sum` into those of all keys so far; gives what out
+    // is to be multiplied by.
+    const auto soften = [&](auto& s, int block, float(&factor)[2]) {
+      const int first_key = block * kKeyTile;
+      const int end_key = first_key + kKeyTile;
+      if (end_key > tile.span.k_count || (params.causal && end_key - 1 > first_position)) {
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+          for (int y = 0; y < 2; ++y) {
+#pragma unroll
+            for (int x = 0; x < 2; ++x) {
+              if (first_key + 8 * c + column + x > last_key[y]) s(4 * c + 2 * y + x) = -INFINITY;
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int y = 0; y < 2; ++y) {
+        const float before = most[y];
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          most[y] = fmaxf(most[y], fmaxf(s(4 * c + 2 * y), s(4 * c + 2 * y + 1)));
+        }
+        most[y] = fmaxf(most[y], __shfl_xor_sync(0xffffffffu, most[y], 1));
+        most[y] = fmaxf(most[y], __shfl_xor_sync(0xffffffffu, most[y], 2));
+        // A row without a key so far keeps weights of 0.
+        const float shift = most[y] == -INFINITY ? 0.0f : most[y] * params.scale_log2;
+        factor[y] = exp2_fast(before * params.scale_log2 - shift);
+        float added = 0;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+          for (int x = 0; x < 2; ++x) {
+            float& value = s(4 * c + 2 * y + x);
+            value = exp2_fast(value * params.scale_log2 - shift);
+            added += value;
+          }
+        }
+        sum[y] = sum[y] * factor[y] + added;
+      }
+    };
+    const auto wait_full = [&](std::uint64_t* full, int count) {
+      Barrier::wait(&full[count % kStages], static_cast<std::uint32_t>(count / kStages) % 2);
+    };
+    const auto leave = [&](std::uint64_t* empty, int count) {
+      if (lane == 0) Barrier::arrive(&empty[count % kStages]);
+    };
+
+    Barrier::wait(&shared.q_full, static_cast<std::uint32_t>(i) % 2);
+    float factor[2];
+    int block = tile.blocks - 1;
+    auto s = partition_fragment_C(mma_scores, Shape<Int<kForwardTile>, Int<kKeyTile>>{});
+    wait_full(shared.k_full, n);
+    take_turn();
+    multiply<true>(mma_scores, q_tiles, k_tiles(_, _, _, n % kStages), s);
+    pass_turn();
+    // Values behind the document's last belong to others and may hold anything.
+    if (tile.span.k_count - block * kKeyTile < kKeyTile) {
+      wait_full(shared.v_full, n);
+      clear_rows<kWidth>(sv(_, _, n % kStages), tile.span.k_count - block * kKeyTile, kKeyTile,
+                         thread);
+      cutlass::arch::fence_view_async_shared();
+      compute_barrier();
+    }
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(s);
+    leave(shared.k_empty, n);
+    soften(s, block, factor);
+    auto p = rounded<T>(s);
+    clear(out);
+    for (--block; block >= 0; --block, ++n) {
+      auto next = partition_fragment_C(mma_scores, Shape<Int<kForwardTile>, Int<kKeyTile>>{});
+      auto p_factor = make_tensor(p.data(), AsFactor{});
+      wait_full(shared.k_full, n + 1);
+      take_turn();
+      multiply<true>(mma_scores, q_tiles, k_tiles(_, _, _, (n + 1) % kStages), next);
+      wait_full(shared.v_full, n);
+      multiply<false>(mma_values, p_factor, v_tiles(_, _, _, n % kStages), out);
+      pass_turn();
+      warpgroup_wait<1>();
+      warpgroup_fence_operand(next);
+      leave(shared.k_empty, n + 1);
+      soften(next, block, factor);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(out);
+      leave(shared.v_empty, n);
+      auto words = rounded<T>(next);
+      copy(words, p);
+#pragma unroll
+      for (int j = 0; j < size(out); ++j) out(j) *= factor[j / 2 % 2];
+    }
+    if (lane == 0) Barrier::arrive(&shared.q_empty);
+    auto p_factor = make_tensor(p.data(), AsFactor{});
+    wait_full(shared.v_full, n);
+    multiply<false>(mma_values, p_factor, v_tiles(_, _, _, n % kStages), out);
+    float lse[2];
+#pragma unroll
+    for (int y = 0; y < 2; ++y) {
+      sum[y] += __shfl_xor_sync(0xffffffffu, sum[y], 1);
+      sum[y] += __shfl_xor_sync(0xffffffffu, sum[y], 2);
+      // log2 to log: x ln 2.
+      lse[y] = (most[y] * params.scale_log2 + __log2f(sum[y])) * 0.6931471805599453f;
+      if (sum[y] == 0) lse[y] = -INFINITY;
+      factor[y] = sum[y] == 0 ? 0.0f : 1.0f / sum[y];
+    }
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(out);
+    leave(shared.v_empty, n);
+    ++n;
+#pragma unroll
+    for (int j = 0; j < size(out); ++j) out(j) *= factor[j / 2 % 2];
+    if (lane % 4 == 0) {
+#pragma unroll
+      for (int y = 0; y < 2; ++y) {
+        if (row + 8 * y >= live) continue;
+        params
+            .lse[(tile.span.q_begin + tile.first_row + row + 8 * y) * params.lse_row + tile.head] =
+            lse[y];
+      }
+    }
+    auto results = rounded<T>(out);
+    // The rows that this group put here for the last tile have been read.
+    group_barrier(group);
+    copy(store_out, store_slice.retile_S(results), stored_out);
+    group_barrier(group);
+    constexpr int kPacks = kWidth / 8;
+#pragma unroll
+    for (int pass = 0; pass < 64 * kPacks / 128; ++pass) {
+      const int at = pass * 128 + in_group;
+      const int out_row = group * 64 + at / kPacks;
+      const int out_column = at % kPacks * 8;
+      if (out_row >= live || out_column >= params.head_dim) continue;
+      T* const target = static_cast<T*>(params.out.data) +
+                        (tile.span.q_begin + tile.first_row + out_row) * params.out.row +
+                        tile.head * params.out.head + out_column;
+      *reinterpret_cast<uint4*>(target) =
+          *reinterpret_cast<const uint4*>(&sout(out_row, out_column));
+    }
+  }
+  // The other group's last arrival is taken, so that no barrier is left half full.
+  if (group == 0) take_turn();
+}
+
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    forward_kernel(const __grid_constant__ ForwardParams params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Types = Forward<T, kWidth>;
+  auto& shared = shared_memory<typename Types::Shared>();
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = kComputeThreads / 32;
+    Barrier::init(&shared.q_full, 1);
+    Barrier::init(&shared.q_empty, kWarps);
+    for (int stage = 0; stage < Types::kStages; ++stage) {
+      Barrier::init(&shared.k_full[stage], 1);
+      Barrier::init(&shared.v_full[stage], 1);
+      Barrier::init(&shared.k_empty[stage], kWarps);
+      Barrier::init(&shared.v_empty[stage], kWarps);
+    }
+    for (int slot = 0; slot < 2; ++slot) {
+      Barrier::init(&shared.work_full[slot], 1);
+      Barrier::init(&shared.work_empty[slot], kWarps);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x < kBlockThreads - kComputeThreads) {
+    cutlass::arch::warpgroup_reg_dealloc<24>();
+    if (threadIdx.x == 0) load_forward<T, kWidth>(params, shared);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<240>();
+    compute_forward<T, kWidth>(params, shared);
+  }
+#endif
+}
+
+}  // namespace zigzag::cuda::hopper
