@@ -36,6 +36,8 @@ GpuTensor random_tensor(std::vector<std::int64_t> shape, DType dtype, Device dev
 void bench_copy(nlohmann::json& report);
 void bench_layout(nlohmann::json& report);
 void bench_attention(nlohmann::json& report, DType dtype);
+/// Attention of each rank of `world_size` by itself on GPU 0, without exchanges.
+void bench_compute(nlohmann::json& report, int world_size);
 void bench_ranks(nlohmann::json& report, const std::string& comm, int world_size, int iterations);
 void bench_real(nlohmann::json& report, int world_size, std::int64_t stage);
 /// For a profiler: prints the number of every phase.

@@ -197,6 +197,37 @@ RankTimes time_ranks(const std::vector<Plan>& plans, const Heads& heads, const s
 
 }  // namespace
 
+void bench_compute(nlohmann::json& report, int world_size) {
+  const Device device{DeviceType::kCuda, 0};
+  const auto stream = cuda::make_stream(device);
+  const Heads heads;
+  std::vector<Plan> plans;
+  for (const std::vector<int64_t>& lengths : packs_for(world_size)) {
+    plans.push_back(Plan::from_lengths(lengths, world_size));
+  }
+  nlohmann::json ranks = nlohmann::json::array();
+  RankTimes worst;
+  for (int rank = 0; rank < world_size; ++rank) {
+    const Step step(plans[0].local_tokens(rank), heads, DType::kBFloat16, device, 1);
+    RankTimes times;
+    time_compute_only(plans, heads, rank, device, step, stream.get(), times);
+    worst.attend = std::max(worst.attend, times.attend);
+    worst.attend_backward = std::max(worst.attend_backward, times.attend_backward);
+    ranks.push_back(
+        {{"forward_ms", 1e3 * times.attend}, {"backward_ms", 1e3 * times.attend_backward}});
+  }
+  report["compute"]["W" + std::to_string(world_size)] = {
+      {"ranks", ranks},
+      {"forward_per_s", 1 / worst.attend},
+      {"both_per_s", 1 / (worst.attend + worst.attend_backward)}};
+  std::printf(
+      "compute    W %d, a rank alone on the GPU: fwd %.3f ms bwd %.3f ms; without exchanges %.0f "
+      "and "
+      "%.1f steps a second\n",
+      world_size, 1e3 * worst.attend, 1e3 * worst.attend_backward, 1 / worst.attend,
+      1 / (worst.attend + worst.attend_backward));
+}
+
 void bench_real(nlohmann::json& report, int world_size, int64_t stage) {
   const Heads heads{64, 8, 128};
   for (const std::uint64_t seed : {1, 2}) {

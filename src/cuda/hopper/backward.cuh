@@ -8,7 +8,7 @@ namespace zigzag::cuda::hopper {
 /// T: cutlass::half_t or cutlass::bfloat16_t.
 template <typename T, int kWidth>
 struct Backward {
-  static constexpr int kQueries = kQueryTile<kWidth>;
+  static constexpr int kQueries = kQueryTile;
   static constexpr int kStages = 2;
   static constexpr auto kK = cute::GMMA::Major::K;
   static constexpr auto kMn = cute::GMMA::Major::MN;
@@ -22,12 +22,12 @@ struct Backward {
       cute::GMMA::rs_op_selector<T, T, float, Shape<Int<kKeyTile>, Int<kWidth>, Int<kQueries>>, kK,
                                  kMn>(),
       Layout<Shape<_2, _1, _1>>{}));
-  // dQ [queries, width]: each warp group has 64 rows or 64 columns.
-  using GroupsOfQueries =
-      std::conditional_t<kWidth == 64, Layout<Shape<_2, _1, _1>>, Layout<Shape<_1, _2, _1>>>;
+  // dQ [queries, width]: 64 columns a warp group, or, where there are no more, the part of dQ that
+  // comes of the group's own keys.
+  static constexpr bool kShareKeys = kWidth > 64;
   using MmaQueries = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<T, T, float, Shape<Int<64>, Int<64>, Int<kKeyTile>>, kMn, kMn>(),
-      GroupsOfQueries{}));
+      Layout<Shape<_1, std::conditional_t<kShareKeys, _2, _1>, _1>>{}));
 
   using KeyLayout = decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<T>{},
                                                  Shape<Int<kKeyTile>, Int<kWidth>>{}));
@@ -51,34 +51,28 @@ struct Backward {
     alignas(1024) T q[kStages * kQueries * kWidth];
     alignas(1024) T dout[kStages * kQueries * kWidth];
     alignas(1024) T scores[2 * kQueries * kKeyTile];
-    alignas(1024) float dq[kQueries * kWidth];
     alignas(128) float lse[kStages][kQueries];
     alignas(128) float delta[kStages][kQueries];
+    BackwardUnit unit;
+    Span span;
     std::uint64_t keys_full;
     std::uint64_t q_full[kStages], q_empty[kStages];
     std::uint64_t dout_full[kStages], dout_empty[kStages];
   };
 };
 
-/// Adds `bytes` of float32 sums in shared memory to those in global memory, asynchronously.
-__device__ __forceinline__ void bulk_add(float* global, const float* shared, int bytes) {
-  asm volatile(
-      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
-      "cp.async.bulk.commit_group;\n" ::"l"(global),
-      "r"(cute::cast_smem_ptr_to_uint(shared)), "r"(bytes)
-      : "memory");
-}
-/// Until shared memory of this thread's bulk_adds may be written again.
-__device__ __forceinline__ void bulk_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-__device__ __forceinline__ void bulk_wait() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+/// Adds four neighbouring values to those in global memory, without waiting.
+__device__ __forceinline__ void add_to(float* sums, float a, float b, float c, float d) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sums), "f"(a), "f"(b), "f"(c),
+               "f"(d)
+               : "memory");
 }
 
 template <typename T, int kWidth>
-__device__ void load_tiles(const BackwardParams& params, const BackwardUnit& unit, const Span& span,
+__device__ void load_tiles(const BackwardParams& params,
                            typename Backward<T, kWidth>::Shared& shared) {
+  const BackwardUnit unit = shared.unit;
+  const Span span = shared.span;
   using Types = Backward<T, kWidth>;
   constexpr int kQueries = Types::kQueries;
   Barrier::arrive_and_expect_tx(&shared.keys_full, 2 * kKeyTile * kWidth * sizeof(T));
@@ -109,16 +103,20 @@ __device__ void load_tiles(const BackwardParams& params, const BackwardUnit& uni
   }
 }
 
-template <typename T, int kWidth>
-__device__ void compute(const BackwardParams& params, const BackwardUnit& unit, const Span& span,
+/// The work of warp group kGroup: known to the compiler, so that it takes no registers.
+template <typename T, int kWidth, int kGroup>
+__device__ void compute(const BackwardParams& params,
                         typename Backward<T, kWidth>::Shared& shared) {
+  // Left in shared memory: registers are what this kernel is short of.
+  const BackwardUnit& unit = shared.unit;
+  const Span& span = shared.span;
   using namespace cute;
   using Types = Backward<T, kWidth>;
   constexpr int kQueries = Types::kQueries;
   constexpr int kStages = Types::kStages;
-  const int thread = static_cast<int>(threadIdx.x) - (kBlockThreads - kComputeThreads);
-  const int group = __shfl_sync(0xffffffffu, thread / 128, 0);
-  const int in_group = thread % 128;
+  constexpr int group = kGroup;
+  const int in_group = static_cast<int>(threadIdx.x) % 128;
+  const int thread = group * 128 + in_group;
   const int lane = thread % 32;
 
   const auto sk = make_tensor(make_smem_ptr(shared.k), typename Types::KeyLayout{});
@@ -137,7 +135,7 @@ __device__ void compute(const BackwardParams& params, const BackwardUnit& unit, 
   // Shared memory is divided by warp groups, all of whose threads see the same tiles.
   const auto scores_slice = mma_scores.get_slice(group * 128);
   const auto keys_slice = mma_keys.get_slice(group * 128);
-  const auto queries_slice = mma_queries.get_slice(group * 128);
+  const auto queries_slice = mma_queries.get_slice(Types::kShareKeys ? group * 128 : 0);
   const auto k_tiles = scores_slice.partition_fragment_A(sk);
   const auto v_tiles = scores_slice.partition_fragment_A(sv);
   const auto q_tiles = scores_slice.partition_fragment_B(sq);
@@ -163,10 +161,9 @@ __device__ void compute(const BackwardParams& params, const BackwardUnit& unit, 
   const int column = lane % 4 * 2;                             // of value 0 of every 8 columns
 
   Barrier::wait(&shared.keys_full, 0);
-  const bool short_keys = unit.k_count < kKeyTile;
-  if (short_keys) {
-    clear_rows<kWidth>(sk, unit.k_count, kKeyTile, thread);
-    clear_rows<kWidth>(sv, unit.k_count, kKeyTile, thread);
+  if (unit.k_count < kKeyTile) {
+    clear_rows<kKeyTile, kWidth>(shared.k, unit.k_count, thread);
+    clear_rows<kKeyTile, kWidth>(shared.v, unit.k_count, thread);
     cutlass::arch::fence_view_async_shared();
     compute_barrier();
   }
@@ -177,16 +174,16 @@ __device__ void compute(const BackwardParams& params, const BackwardUnit& unit, 
   int head = unit.head;
   for (int n = 0; n < total; ++n) {
     const int stage = n % kStages;
-    const int first_row = tile * kQueries;
     Barrier::wait(&shared.q_full[stage], static_cast<std::uint32_t>(n / kStages) % 2);
     multiply<true>(mma_scores, k_tiles, q_tiles(_, _, _, stage), s);
     Barrier::wait(&shared.dout_full[stage], static_cast<std::uint32_t>(n / kStages) % 2);
+    const bool masked = tile < unit.first_full || tile >= unit.end_full;
     // Rows behind the document's last belong to others and may hold anything. Scores that are being
     // made of them are not used.
-    const int live = span.q_count - first_row;
+    const int live = masked ? span.q_count - tile * kQueries : kQueries;
     if (live < kQueries) {
-      clear_rows<kWidth>(sq(_, _, stage), live, kQueries, thread);
-      clear_rows<kWidth>(sdout(_, _, stage), live, kQueries, thread);
+      clear_rows<kQueries, kWidth>(shared.q + stage * (kQueries * kWidth), live, thread);
+      clear_rows<kQueries, kWidth>(shared.dout + stage * (kQueries * kWidth), live, thread);
       cutlass::arch::fence_view_async_shared();
       compute_barrier();
     }
@@ -195,9 +192,17 @@ __device__ void compute(const BackwardParams& params, const BackwardUnit& unit, 
     warpgroup_wait<1>();
     warpgroup_fence_operand(s);
 
-    const bool masked =
-        short_keys || live < kQueries ||
-        (params.causal && position_of(span, first_row) < unit.k_position + unit.k_count - 1);
+#pragma unroll
+    for (int c = 0; c < kQueries / 8; ++c) {
+      const float2 lse = *reinterpret_cast<const float2*>(&shared.lse[stage][8 * c + column]);
+#pragma unroll
+      for (int y = 0; y < 2; ++y) {
+        float& first = s(4 * c + 2 * y);
+        float& second = s(4 * c + 2 * y + 1);
+        first = exp2_fast(first * params.scale_log2 - lse.x);
+        second = exp2_fast(second * params.scale_log2 - lse.y);
+      }
+    }
     if (masked) {
 #pragma unroll
       for (int c = 0; c < kQueries / 8; ++c) {
@@ -205,27 +210,14 @@ __device__ void compute(const BackwardParams& params, const BackwardUnit& unit, 
         for (int x = 0; x < 2; ++x) {
           const int query = 8 * c + column + x;
           int last = unit.k_count - 1;
-          if (params.causal)
-            last = min(last, position_of(span, first_row + query) - unit.k_position);
+          if (params.causal) {
+            last = min(last, position_of(span, tile * kQueries + query) - unit.k_position);
+          }
           if (query >= live) last = -1;
-          const float lse = shared.lse[stage][query];
 #pragma unroll
           for (int y = 0; y < 2; ++y) {
-            float& value = s(4 * c + 2 * y + x);
-            value = key + 8 * y <= last ? exp2_fast(value * params.scale_log2 - lse) : 0.0f;
+            if (key + 8 * y > last) s(4 * c + 2 * y + x) = 0;
           }
-        }
-      }
-    } else {
-#pragma unroll
-      for (int c = 0; c < kQueries / 8; ++c) {
-        const float2 lse = *reinterpret_cast<const float2*>(&shared.lse[stage][8 * c + column]);
-#pragma unroll
-        for (int y = 0; y < 2; ++y) {
-          float& first = s(4 * c + 2 * y);
-          float& second = s(4 * c + 2 * y + 1);
-          first = exp2_fast(first * params.scale_log2 - lse.x);
-          second = exp2_fast(second * params.scale_log2 - lse.y);
         }
       }
     }
@@ -248,34 +240,36 @@ __device__ void compute(const BackwardParams& params, const BackwardUnit& unit, 
     auto ds = rounded<T>(dp);
     copy(store_scores, store_slice.retile_S(ds), stored_scores(_, _, _, n % 2));
     cutlass::arch::fence_view_async_shared();
-    compute_barrier();
+    group_barrier(group);
+    if constexpr (Types::kShareKeys) pass_turn(group);
+    // What needs nothing of the other group goes first.
     auto dq = partition_fragment_C(mma_queries, Shape<Int<kQueries>, Int<kWidth>>{});
-    multiply<true>(mma_queries, score_tiles(_, _, _, n % 2), k_t_tiles, dq);
+    const auto ds_tiles = score_tiles(_, _, _, n % 2);
+    multiply<true, 2>(mma_queries, ds_tiles, k_t_tiles, dq, group);
     auto ds_factor = make_tensor(ds.data(), AsFactor{});
     multiply<false>(mma_keys, ds_factor, q_t_tiles(_, _, _, stage), dk);
-    warpgroup_wait<1>();
-    warpgroup_fence_operand(dq);
-    if (lane == 0) Barrier::arrive(&shared.dout_empty[stage]);
-
-    float* const staged = shared.dq + group * (kQueries * kWidth / 2);
-    if (in_group == 0) bulk_wait_read();
-    group_barrier(group);
-    static_assert(size(dq) == 32);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      reinterpret_cast<float4*>(staged)[i * 128 + in_group] =
-          make_float4(dq(4 * i), dq(4 * i + 1), dq(4 * i + 2), dq(4 * i + 3));
+    if constexpr (Types::kShareKeys) {
+      take_turn(group);
+      multiply<false, 2>(mma_queries, ds_tiles, k_t_tiles, dq, 1 - group);
+      warpgroup_wait<1>();
+    } else {
+      warpgroup_wait<0>();
     }
-    cutlass::arch::fence_view_async_shared();
-    group_barrier(group);
-    if (in_group == 0) {
-      float* const sums = params.dq +
-                          (head * params.tiles + span.tile_begin + tile) * (kQueries * kWidth) +
-                          group * (kQueries * kWidth / 2);
-      bulk_add(sums, staged, kQueries * kWidth / 2 * static_cast<int>(sizeof(float)));
+    if (lane == 0) {
+      Barrier::arrive(&shared.q_empty[stage]);
+      Barrier::arrive(&shared.dout_empty[stage]);
     }
     warpgroup_wait<0>();
-    if (lane == 0) Barrier::arrive(&shared.q_empty[stage]);
+    warpgroup_fence_operand(dq);
+    // In the order of fragments, so that a warp adds to 512 bytes side by side.
+    static_assert(size(dq) == 32);
+    float* const sums = params.dq +
+                        (head * params.tiles + span.tile_begin + tile) * (kQueries * kWidth) +
+                        (Types::kShareKeys ? group * (kQueries * 64) : 0) + in_group * 4;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      add_to(sums + i * 512, dq(4 * i), dq(4 * i + 1), dq(4 * i + 2), dq(4 * i + 3));
+    }
     if (++tile == unit.end_tile) {
       tile = unit.first_tile;
       ++head;
@@ -309,7 +303,6 @@ __device__ void compute(const BackwardParams& params, const BackwardUnit& unit, 
   };
   store(params.dv, dv, 1.0f);
   store(params.dk, dk, params.scale);
-  if (in_group == 0) bulk_wait();
 }
 
 template <typename T, int kWidth>
@@ -318,9 +311,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Types = Backward<T, kWidth>;
   auto& shared = shared_memory<typename Types::Shared>();
-  const BackwardUnit unit = params.units[blockIdx.x];
-  const Span span = params.spans[unit.span];
   if (threadIdx.x == 0) {
+    shared.unit = params.units[blockIdx.x];
+    shared.span = params.spans[shared.unit.span];
     Barrier::init(&shared.keys_full, 1);
     for (int stage = 0; stage < Types::kStages; ++stage) {
       Barrier::init(&shared.q_full[stage], 1);
@@ -334,10 +327,14 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   __syncthreads();
   if (threadIdx.x < kBlockThreads - kComputeThreads) {
     cutlass::arch::warpgroup_reg_dealloc<24>();
-    if (threadIdx.x == 0) load_tiles<T, kWidth>(params, unit, span, shared);
+    if (threadIdx.x == 0) load_tiles<T, kWidth>(params, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<240>();
-    compute<T, kWidth>(params, unit, span, shared);
+    if (threadIdx.x < kBlockThreads - 128) {
+      compute<T, kWidth, 0>(params, shared);
+    } else {
+      compute<T, kWidth, 1>(params, shared);
+    }
   }
 #endif
 }

@@ -26,6 +26,16 @@ constexpr int kComputeThreads = 256;
 /// group that computes.
 enum NamedBarrier : std::uint32_t { kComputeBarrier = 1, kGroupBarrier = 2, kTurnBarrier = 4 };
 
+/// What a warp group waits for until the other one has given it its turn.
+__device__ __forceinline__ void take_turn(int group) {
+  cutlass::arch::NamedBarrier::sync(kComputeThreads,
+                                    kTurnBarrier + static_cast<std::uint32_t>(group));
+}
+__device__ __forceinline__ void pass_turn(int group) {
+  cutlass::arch::NamedBarrier::arrive(kComputeThreads,
+                                      kTurnBarrier + static_cast<std::uint32_t>(1 - group));
+}
+
 __device__ __forceinline__ void compute_barrier() {
   cutlass::arch::NamedBarrier::sync(kComputeThreads, kComputeBarrier);
 }
@@ -63,9 +73,10 @@ __device__ __forceinline__ auto rounded(const Fragment& values) {
   return result;
 }
 
-/// c (+)= a x b for the tiles of a warp group, given to the tensor cores and not waited for.
-template <bool kClear, class Mma, class A, class B, class C>
-__device__ __forceinline__ void multiply(Mma& mma, A&& a, const B& b, C& c) {
+/// c (+)= a x b for the tiles of a warp group, given to the tensor cores and not waited for; or
+/// part `part` of kParts of the sum.
+template <bool kClear, int kParts = 1, class Mma, class A, class B, class C>
+__device__ __forceinline__ void multiply(Mma& mma, A&& a, const B& b, C& c, int part = 0) {
   constexpr bool kFromRegisters =
       !std::is_base_of_v<cute::GMMA::DescriptorIterator, typename Mma::FrgTypeA>;
   if constexpr (kFromRegisters) cute::warpgroup_fence_operand(a);
@@ -73,8 +84,9 @@ __device__ __forceinline__ void multiply(Mma& mma, A&& a, const B& b, C& c) {
   cute::warpgroup_arrive();
   mma.accumulate_ = kClear ? cute::GMMA::ScaleOut::Zero : cute::GMMA::ScaleOut::One;
   CUTE_UNROLL
-  for (int i = 0; i < cute::size<2>(a); ++i) {
-    cute::gemm(mma, a(_, _, i), b(_, _, i), c);
+  for (int i = 0; i < cute::size<2>(a) / kParts; ++i) {
+    const int step = part * (cute::size<2>(a) / kParts) + i;
+    cute::gemm(mma, a(_, _, step), b(_, _, step), c);
     mma.accumulate_ = cute::GMMA::ScaleOut::One;
   }
   cute::warpgroup_commit_batch();
@@ -82,12 +94,16 @@ __device__ __forceinline__ void multiply(Mma& mma, A&& a, const B& b, C& c) {
   if constexpr (kFromRegisters) cute::warpgroup_fence_operand(a);
 }
 
-/// Sets rows [first, rows) of a tile in shared memory to zero, by all computing threads.
-template <int kWidth, class Tile>
-__device__ void clear_rows(const Tile& tile, int first, int rows, int thread) {
-  using T = typename Tile::value_type;
-  for (int i = thread; i < (rows - first) * kWidth; i += kComputeThreads) {
-    tile(first + i / kWidth, i % kWidth) = T(0);
+/// Sets rows [first, kRows) of a tile that load_tile has put into shared memory to zero, by all
+/// computing threads. The swizzle stays inside the 128 bytes that a row has in each 64 columns.
+template <int kRows, int kWidth, typename T>
+__device__ __forceinline__ void clear_rows(T* tile, int first, int thread) {
+  const int packs = (kRows - first) * 8;
+#pragma unroll 1
+  for (int i = thread; i < packs * (kWidth / 64); i += kComputeThreads) {
+    const int part = i / packs;
+    reinterpret_cast<uint4*>(tile)[part * kRows * 8 + first * 8 + i - part * packs] =
+        make_uint4(0, 0, 0, 0);
   }
 }
 
@@ -108,12 +124,13 @@ __device__ __forceinline__ int position_of(const Span& span, int row) {
   return row < span.q_early ? span.early_position + row : span.late_position + row - span.q_early;
 }
 
-/// The block's structure in dynamic shared memory, whose tiles start at multiples of 1024 bytes.
+/// The block's structure in dynamic shared memory. Its tiles want to start at multiples of 1024
+/// bytes, and an address that the compiler knows takes no registers.
 template <class Shared>
 __device__ __forceinline__ Shared& shared_memory() {
-  extern __shared__ char memory[];
-  return *reinterpret_cast<Shared*>((reinterpret_cast<std::uintptr_t>(memory) + 1023) / 1024 *
-                                    1024);
+  extern __shared__ __align__(1024) char memory[];
+  if (cute::cast_smem_ptr_to_uint(memory) % 1024 != 0) __trap();
+  return *reinterpret_cast<Shared*>(memory);
 }
 
 }  // namespace zigzag::cuda::hopper

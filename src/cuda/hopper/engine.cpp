@@ -167,6 +167,22 @@ TimelineScope span_of(const AttendArgs& args, std::string_view name, void* strea
 
 }  // namespace
 
+namespace {
+
+/// Query heads that are worked on side by side: as many as have K and V that stay in the L2 cache.
+int64_t section_of(const AttendArgs& args) {
+  constexpr int64_t kCacheBytes = int64_t{32} << 20;
+  const int64_t kv_heads = args.k.shape[1];
+  const int64_t bytes = 2 * args.k.shape[0] * args.k.shape[2] * item_size(args.k.dtype);
+  int64_t best = 1;
+  for (int64_t count = 1; count <= kv_heads; ++count) {
+    if (kv_heads % count == 0 && count * bytes <= kCacheBytes) best = count;
+  }
+  return best * (args.q.shape[1] / kv_heads);
+}
+
+}  // namespace
+
 bool forward(const AttendArgs& args, void* stream_pointer, std::string& why) {
   if (!fits(args, why)) return false;
   static auto* recent = new Recent<TableKey, ForwardPack>(256);
@@ -196,7 +212,9 @@ bool forward(const AttendArgs& args, void* stream_pointer, std::string& why) {
   params.v = make_tensor_map(args.v, kKeyTile);
   params.spans = table.as<Span>();
   params.units = reinterpret_cast<const ForwardUnit*>(table.as<std::byte>() + pack->units_at);
+  params.unit_count = static_cast<int>(pack->work.units.size());
   params.tiles = static_cast<int>(tiles);
+  params.section = static_cast<int>(section_of(args));
   params.next_tile = counter.as<int>();
   params.out = rows_of(args.out);
   params.lse = args.lse.as<float>();
@@ -227,7 +245,7 @@ struct HopperBackward::State {
               used_stream),
         width(width_of(given.q.shape[2])),
         heads(given.q.shape[1]),
-        padded(pack->work.spans.tiles() * query_tile(width)),
+        padded(pack->work.spans.tiles() * kQueryTile),
         lse(device, heads * padded * int64_t{sizeof(float)}, stream),
         delta(device, heads * padded * int64_t{sizeof(float)}, stream),
         sums(device, heads * padded * width * int64_t{sizeof(float)}, stream) {}
@@ -271,10 +289,9 @@ PassParams HopperBackward::State::pass_params() const {
 void HopperBackward::State::run_units(const std::vector<BackwardUnit>& units,
                                       std::size_t at) const {
   if (units.empty()) return;
-  const int tile = query_tile(width);
   BackwardParams params{};
-  params.q = make_tensor_map(args.q, tile);
-  params.dout = make_tensor_map(args.dout, tile);
+  params.q = make_tensor_map(args.q, kQueryTile);
+  params.dout = make_tensor_map(args.dout, kQueryTile);
   params.k = make_tensor_map(args.k, kKeyTile);
   params.v = make_tensor_map(args.v, kKeyTile);
   params.spans = table.as<Span>();

@@ -54,10 +54,12 @@ struct ForwardTile {
 };
 
 __device__ __forceinline__ ForwardTile tile_of(const ForwardParams& params, int number) {
-  const ForwardUnit unit = params.units[number / params.heads];
+  const int in_section = number % (params.unit_count * params.section);
+  const ForwardUnit unit = params.units[in_section / params.section];
   ForwardTile tile;
   tile.span = params.spans[unit.span];
-  tile.head = number % params.heads;
+  tile.head =
+      number / (params.unit_count * params.section) * params.section + in_section % params.section;
   tile.first_row = unit.tile * kForwardTile;
   tile.end_key = unit.end_key;
   tile.blocks = (unit.end_key + kKeyTile - 1) / kKeyTile;
@@ -117,7 +119,6 @@ __device__ void compute_forward(const ForwardParams& params,
 
   const auto sq = make_tensor(make_smem_ptr(shared.q), typename Types::QueryLayout{});
   const auto sk = make_tensor(make_smem_ptr(shared.k), typename Types::KeyLayout{});
-  const auto sv = make_tensor(make_smem_ptr(shared.v), typename Types::KeyLayout{});
   const auto sv_t = make_tensor(make_smem_ptr(shared.v), typename Types::KeyLayoutT{});
   const auto sout = make_tensor(make_smem_ptr(shared.out), typename Types::QueryLayout{});
   typename Types::MmaScores mma_scores;
@@ -138,15 +139,7 @@ __device__ void compute_forward(const ForwardParams& params,
 
   // The warp groups take turns in giving work to the tensor cores, so that the softmax of one runs
   // under the products of the other.
-  const auto take_turn = [&] {
-    cutlass::arch::NamedBarrier::sync(kComputeThreads,
-                                      kTurnBarrier + static_cast<std::uint32_t>(group));
-  };
-  const auto pass_turn = [&] {
-    cutlass::arch::NamedBarrier::arrive(kComputeThreads,
-                                        kTurnBarrier + static_cast<std::uint32_t>(1 - group));
-  };
-  if (group == 1) pass_turn();
+  if (group == 1) pass_turn(group);
 
   int n = 0;  // blocks of keys so far
   for (int i = 0;; ++i) {
@@ -223,14 +216,14 @@ __device__ void compute_forward(const ForwardParams& params,
     int block = tile.blocks - 1;
     auto s = partition_fragment_C(mma_scores, Shape<Int<kForwardTile>, Int<kKeyTile>>{});
     wait_full(shared.k_full, n);
-    take_turn();
+    take_turn(group);
     multiply<true>(mma_scores, q_tiles, k_tiles(_, _, _, n % kStages), s);
-    pass_turn();
+    pass_turn(group);
     // Values behind the document's last belong to others and may hold anything.
     if (tile.span.k_count - block * kKeyTile < kKeyTile) {
       wait_full(shared.v_full, n);
-      clear_rows<kWidth>(sv(_, _, n % kStages), tile.span.k_count - block * kKeyTile, kKeyTile,
-                         thread);
+      clear_rows<kKeyTile, kWidth>(shared.v + n % kStages * (kKeyTile * kWidth),
+                                   tile.span.k_count - block * kKeyTile, thread);
       cutlass::arch::fence_view_async_shared();
       compute_barrier();
     }
@@ -244,11 +237,11 @@ __device__ void compute_forward(const ForwardParams& params,
       auto next = partition_fragment_C(mma_scores, Shape<Int<kForwardTile>, Int<kKeyTile>>{});
       auto p_factor = make_tensor(p.data(), AsFactor{});
       wait_full(shared.k_full, n + 1);
-      take_turn();
+      take_turn(group);
       multiply<true>(mma_scores, q_tiles, k_tiles(_, _, _, (n + 1) % kStages), next);
       wait_full(shared.v_full, n);
       multiply<false>(mma_values, p_factor, v_tiles(_, _, _, n % kStages), out);
-      pass_turn();
+      pass_turn(group);
       warpgroup_wait<1>();
       warpgroup_fence_operand(next);
       leave(shared.k_empty, n + 1);
@@ -310,7 +303,7 @@ __device__ void compute_forward(const ForwardParams& params,
     }
   }
   // The other group's last arrival is taken, so that no barrier is left half full.
-  if (group == 0) take_turn();
+  if (group == 0) take_turn(group);
 }
 
 template <typename T, int kWidth>

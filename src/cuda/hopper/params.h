@@ -8,10 +8,8 @@ namespace zigzag::cuda::hopper {
 
 /// Compiled head widths are 64 and 128; a head_dim takes the narrowest that holds it.
 constexpr int width_of(std::int64_t head_dim) { return head_dim <= 64 ? 64 : 128; }
-/// Query rows of a tile of the backward: as many as leave registers for the sums of dK and dV.
-constexpr int query_tile(int width) { return width == 64 ? 128 : 64; }
-template <int kWidth>
-constexpr int kQueryTile = query_tile(kWidth);
+/// Query rows of a tile of the backward.
+constexpr int kQueryTile = 64;
 /// Keys of a tile.
 constexpr int kKeyTile = 128;
 
@@ -49,6 +47,8 @@ struct BackwardUnit {
   std::int32_t dk_row;      // first row of dk and dv
   std::int32_t first_tile;  // query tiles [first_tile, end_tile) of the span
   std::int32_t end_tile;
+  std::int32_t first_full;  // of these, tiles [first_full, end_full) have all of their rows see
+  std::int32_t end_full;    // all keys of a whole tile of keys
   std::int32_t kv_head;
   std::int32_t head;   // first query head
   std::int32_t heads;  // number of query heads
@@ -68,7 +68,9 @@ struct ForwardParams {
   CUtensorMap k, v;  // [keys, kv_heads, head_dim], boxes of kKeyTile rows
   const Span* spans;
   const ForwardUnit* units;
-  int tiles;       // units x heads, numbered unit after unit
+  int unit_count;
+  int tiles;       // units x heads
+  int section;     // heads whose tiles are numbered unit after unit before the next heads' are
   int* next_tile;  // 0 before the launch
   Rows out;        // [local, heads, head_dim]
   float* lse;      // [local, heads]
@@ -82,13 +84,13 @@ struct ForwardParams {
 
 /// What the backward kernel works on; the maps are those of make_tensor_map.
 struct BackwardParams {
-  CUtensorMap q, dout;  // [local, heads, head_dim], boxes of query_tile rows
+  CUtensorMap q, dout;  // [local, heads, head_dim], boxes of kQueryTile rows
   CUtensorMap k, v;     // [keys, kv_heads, head_dim], boxes of kKeyTile rows
   const Span* spans;
   const BackwardUnit* units;
-  const float* lse;           // [heads, tiles x query_tile] x log2(e); +inf where there is no row
-  const float* delta;         // [heads, tiles x query_tile]
-  float* dq;                  // [heads, tiles, query_tile x width] in the order of fragments
+  const float* lse;           // [heads, tiles x kQueryTile] x log2(e); +inf where there is no row
+  const float* delta;         // [heads, tiles x kQueryTile]
+  float* dq;                  // [heads, tiles, kQueryTile x width] in the order of fragments
   Rows dk, dv;                // [keys, kv_heads, head_dim]
   std::int64_t split_stride;  // elements from one split's dk and dv to the next
   std::int64_t tiles;
@@ -110,9 +112,9 @@ struct PassParams {
   Rows out, dout, dq;
   const float* lse;  // [local, heads]
   std::int64_t lse_row;
-  float* lse_log2;  // [heads, tiles x query_tile]
+  float* lse_log2;  // [heads, tiles x kQueryTile]
   float* delta;     // likewise
-  float* dq_sums;   // [heads, tiles, query_tile x width]
+  float* dq_sums;   // [heads, tiles, kQueryTile x width]
   float scale;
 };
 

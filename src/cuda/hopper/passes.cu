@@ -18,17 +18,16 @@ constexpr int kPack = 8;  // elements of an access of 16 bytes
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     before_kernel(const __grid_constant__ PassParams params) {
-  constexpr int kQueries = kQueryTile<kWidth>;
   constexpr int kLanes = kWidth / kPack;  // threads of a row
   constexpr int kRows = kThreads / kLanes;
   const auto tile = static_cast<std::int64_t>(blockIdx.x);
   const int head = static_cast<int>(blockIdx.y);
   const Span span = params.spans[params.tile_span[tile]];
-  const int first = static_cast<int>(tile - span.tile_begin) * kQueries;
+  const int first = static_cast<int>(tile - span.tile_begin) * kQueryTile;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const std::int64_t padded = (head * params.tiles + tile) * kQueries;
+  const std::int64_t padded = (head * params.tiles + tile) * kQueryTile;
 #pragma unroll
-  for (int pass = 0; pass < kQueries / kRows; ++pass) {
+  for (int pass = 0; pass < kQueryTile / kRows; ++pass) {
     const int row = pass * kRows + static_cast<int>(threadIdx.x) / kLanes;
     const bool live = first + row < span.q_count;
     const std::int64_t local = span.q_begin + first + row;
@@ -58,34 +57,32 @@ __global__ void __launch_bounds__(kThreads)
   }
   auto* sums = reinterpret_cast<float4*>(params.dq_sums + padded * kWidth);
 #pragma unroll
-  for (int i = 0; i < kQueries * kWidth / 4 / kThreads; ++i) {
+  for (int i = 0; i < kQueryTile * kWidth / 4 / kThreads; ++i) {
     sums[i * kThreads + static_cast<int>(threadIdx.x)] = make_float4(0, 0, 0, 0);
   }
 }
 
-/// One block a tile and head. A tile's sums lie as the two warp groups of the backward kernel hold
-/// them (backward.cuh), each 64 rows x 64 columns: for every 8 columns, four values of each of 128
+/// One block a tile and head. A tile's sums lie as a warp group of the backward kernel holds them
+/// (backward.cuh), 64 columns after 64 columns: for every 8 of these, four values of each of 128
 /// threads, columns c, c + 1 of row r and of row r + 8. A thread here takes 8 columns of two rows.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     after_kernel(const __grid_constant__ PassParams params) {
-  constexpr int kQueries = kQueryTile<kWidth>;
   constexpr int kColumnPacks = kWidth / kPack;
   constexpr int kRowPairs = kThreads / kColumnPacks;
   const auto tile = static_cast<std::int64_t>(blockIdx.x);
   const int head = static_cast<int>(blockIdx.y);
   const Span span = params.spans[params.tile_span[tile]];
-  const int first = static_cast<int>(tile - span.tile_begin) * kQueries;
+  const int first = static_cast<int>(tile - span.tile_begin) * kQueryTile;
   const int column = static_cast<int>(threadIdx.x) % kColumnPacks;
   const auto* sums = reinterpret_cast<const float4*>(params.dq_sums + (head * params.tiles + tile) *
-                                                                          kQueries * kWidth);
+                                                                          kQueryTile * kWidth);
 #pragma unroll
-  for (int pass = 0; pass < kQueries / 2 / kRowPairs; ++pass) {
+  for (int pass = 0; pass < kQueryTile / 2 / kRowPairs; ++pass) {
     const int pair = pass * kRowPairs + static_cast<int>(threadIdx.x) / kColumnPacks;
     // A warp holds 16 rows: r and r + 8 in its lanes 4 x (r % 8) and on.
     const int row = pair / 8 * 16 + pair % 8;
-    const int group = kWidth == 64 ? row / 64 : column / 8;
-    const float4* from = sums + group * 1024 + column % 8 * 128 + pair / 8 % 4 * 32 + pair % 8 * 4;
+    const float4* from = sums + column / 8 * 1024 + column % 8 * 128 + pair / 8 * 32 + pair % 8 * 4;
     if (first + row >= span.q_count) continue;
     Pack<T, kPack> upper;
     Pack<T, kPack> lower;

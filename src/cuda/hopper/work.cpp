@@ -71,6 +71,16 @@ int64_t first_row(const Span& span, int64_t position) {
   return span.q_early + std::max<int64_t>(0, position - span.late_position);
 }
 
+/// The tiles that need no mask.
+void set_full_tiles(BackwardUnit& unit, const Span& span, int tile, bool causal) {
+  unit.first_full = unit.end_full = unit.first_tile;
+  if (unit.k_count < kKeyTile) return;
+  const int64_t last_key = unit.k_position + unit.k_count - 1;
+  const int64_t row = causal ? first_row(span, last_key) : 0;
+  unit.first_full = std::max(unit.first_tile, narrow((row + tile - 1) / tile));
+  unit.end_full = std::max(unit.first_full, span.q_count / tile);
+}
+
 int64_t weight(const BackwardUnit& unit) {
   return static_cast<int64_t>(unit.end_tile - unit.first_tile) * unit.heads;
 }
@@ -161,7 +171,7 @@ ForwardWork make_forward_work(const AttendArgs& args) {
 
 BackwardWork make_backward_work(const AttendArgs& args, bool own_rows, int processors) {
   BackwardWork work;
-  const int tile = query_tile(width_of(args.q.shape[2]));
+  constexpr int tile = kQueryTile;
   work.spans = make_spans(args, tile);
   std::map<int64_t, std::size_t> span_of;
   for (std::size_t i = 0; i < work.spans.documents.size(); ++i) {
@@ -187,6 +197,7 @@ BackwardWork make_backward_work(const AttendArgs& args, bool own_rows, int proce
         unit.dk_row = narrow(keys.dk_row + at - keys.begin);
         unit.end_tile = narrow(end_tile);
         unit.first_tile = narrow(std::min(first, end_tile));
+        set_full_tiles(unit, span, tile, args.mask.causal);
         unit.heads = 1;
         blocks.push_back(unit);
         own.push_back(keys.own ? 1 : 0);
