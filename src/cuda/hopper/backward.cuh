@@ -51,6 +51,7 @@ struct Backward {
     alignas(1024) T q[kStages * kQueries * kWidth];
     alignas(1024) T dout[kStages * kQueries * kWidth];
     alignas(1024) T scores[2 * kQueries * kKeyTile];
+    alignas(1024) float dq[2 * kQueries * 64];  // of each warp group
     alignas(128) float lse[kStages][kQueries];
     alignas(128) float delta[kStages][kQueries];
     BackwardUnit unit;
@@ -61,11 +62,21 @@ struct Backward {
   };
 };
 
-/// Adds four neighbouring values to those in global memory, without waiting.
-__device__ __forceinline__ void add_to(float* sums, float a, float b, float c, float d) {
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sums), "f"(a), "f"(b), "f"(c),
-               "f"(d)
-               : "memory");
+/// Adds `bytes` of float32 sums in shared memory to those in global memory, asynchronously.
+__device__ __forceinline__ void bulk_add(float* global, const float* shared, int bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
+      "cp.async.bulk.commit_group;\n" ::"l"(global),
+      "r"(cute::cast_smem_ptr_to_uint(shared)), "r"(bytes)
+      : "memory");
+}
+/// Until the shared memory of this thread's bulk_adds may be written again.
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+/// Until this thread's bulk_adds have been made.
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 template <typename T, int kWidth>
@@ -240,36 +251,40 @@ __device__ void compute(const BackwardParams& params,
     auto ds = rounded<T>(dp);
     copy(store_scores, store_slice.retile_S(ds), stored_scores(_, _, _, n % 2));
     cutlass::arch::fence_view_async_shared();
-    group_barrier(group);
-    if constexpr (Types::kShareKeys) pass_turn(group);
-    // What needs nothing of the other group goes first.
+
     auto dq = partition_fragment_C(mma_queries, Shape<Int<kQueries>, Int<kWidth>>{});
     const auto ds_tiles = score_tiles(_, _, _, n % 2);
-    multiply<true, 2>(mma_queries, ds_tiles, k_t_tiles, dq, group);
     auto ds_factor = make_tensor(ds.data(), AsFactor{});
-    multiply<false>(mma_keys, ds_factor, q_t_tiles(_, _, _, stage), dk);
+    group_barrier(group);
+    if constexpr (Types::kShareKeys) pass_turn(group);
+    // The group's own keys first.
+    multiply<true, 2>(mma_queries, ds_tiles, k_t_tiles, dq, group);
     if constexpr (Types::kShareKeys) {
       take_turn(group);
       multiply<false, 2>(mma_queries, ds_tiles, k_t_tiles, dq, 1 - group);
-      warpgroup_wait<1>();
-    } else {
-      warpgroup_wait<0>();
     }
-    if (lane == 0) {
-      Barrier::arrive(&shared.q_empty[stage]);
-      Barrier::arrive(&shared.dout_empty[stage]);
-    }
-    warpgroup_wait<0>();
+    multiply<false>(mma_keys, ds_factor, q_t_tiles(_, _, _, stage), dk);
+    warpgroup_wait<1>();
     warpgroup_fence_operand(dq);
-    // In the order of fragments, so that a warp adds to 512 bytes side by side.
-    static_assert(size(dq) == 32);
+    if (lane == 0) Barrier::arrive(&shared.dout_empty[stage]);
     float* const sums = params.dq +
                         (head * params.tiles + span.tile_begin + tile) * (kQueries * kWidth) +
-                        (Types::kShareKeys ? group * (kQueries * 64) : 0) + in_group * 4;
+                        (Types::kShareKeys ? group * (kQueries * 64) : 0);
+    // Put away in the order of fragments: each thread writes 16 bytes beside its neighbour's.
+    float* const staged = shared.dq + group * (kQueries * 64);
+    if (in_group == 0) bulk_wait_read();
+    group_barrier(group);
+    static_assert(size(dq) == 32);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      add_to(sums + i * 512, dq(4 * i), dq(4 * i + 1), dq(4 * i + 2), dq(4 * i + 3));
+      reinterpret_cast<float4*>(staged)[i * 128 + in_group] =
+          make_float4(dq(4 * i), dq(4 * i + 1), dq(4 * i + 2), dq(4 * i + 3));
     }
+    cutlass::arch::fence_view_async_shared();
+    group_barrier(group);
+    if (in_group == 0) bulk_add(sums, staged, kQueries * 64 * static_cast<int>(sizeof(float)));
+    warpgroup_wait<0>();
+    if (lane == 0) Barrier::arrive(&shared.q_empty[stage]);
     if (++tile == unit.end_tile) {
       tile = unit.first_tile;
       ++head;
@@ -303,6 +318,7 @@ __device__ void compute(const BackwardParams& params,
   };
   store(params.dv, dv, 1.0f);
   store(params.dk, dk, params.scale);
+  if (in_group == 0) bulk_wait();
 }
 
 template <typename T, int kWidth>

@@ -179,30 +179,33 @@ __device__ void compute_forward(const ForwardParams& params,
           }
         }
       }
+      // Several chains side by side: there are too few warps to hide the latency of one.
+      float highest[2][2] = {{most[0], most[0]}, {most[1], most[1]}};
+#pragma unroll
+      for (int j = 0; j < size(s); ++j) {
+        float& high = highest[j / 2 % 2][j % 2];
+        high = fmaxf(high, s(j));
+      }
+      float shift[2];
+      float added[2][2] = {};
 #pragma unroll
       for (int y = 0; y < 2; ++y) {
         const float before = most[y];
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          most[y] = fmaxf(most[y], fmaxf(s(4 * c + 2 * y), s(4 * c + 2 * y + 1)));
-        }
+        most[y] = fmaxf(highest[y][0], highest[y][1]);
         most[y] = fmaxf(most[y], __shfl_xor_sync(0xffffffffu, most[y], 1));
         most[y] = fmaxf(most[y], __shfl_xor_sync(0xffffffffu, most[y], 2));
         // A row without a key so far keeps weights of 0.
-        const float shift = most[y] == -INFINITY ? 0.0f : most[y] * params.scale_log2;
-        factor[y] = exp2_fast(before * params.scale_log2 - shift);
-        float added = 0;
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-#pragma unroll
-          for (int x = 0; x < 2; ++x) {
-            float& value = s(4 * c + 2 * y + x);
-            value = exp2_fast(value * params.scale_log2 - shift);
-            added += value;
-          }
-        }
-        sum[y] = sum[y] * factor[y] + added;
+        shift[y] = most[y] == -INFINITY ? 0.0f : most[y] * params.scale_log2;
+        factor[y] = exp2_fast(before * params.scale_log2 - shift[y]);
       }
+#pragma unroll
+      for (int j = 0; j < size(s); ++j) {
+        const int y = j / 2 % 2;
+        s(j) = exp2_fast(s(j) * params.scale_log2 - shift[y]);
+        added[y][j % 2] += s(j);
+      }
+#pragma unroll
+      for (int y = 0; y < 2; ++y) sum[y] = sum[y] * factor[y] + (added[y][0] + added[y][1]);
     };
     const auto wait_full = [&](std::uint64_t* full, int count) {
       Barrier::wait(&full[count % kStages], static_cast<std::uint32_t>(count / kStages) % 2);
@@ -251,8 +254,11 @@ __device__ void compute_forward(const ForwardParams& params,
       leave(shared.v_empty, n);
       auto words = rounded<T>(next);
       copy(words, p);
+      // The maxima of most rows stay as they are after a few blocks.
+      if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
-      for (int j = 0; j < size(out); ++j) out(j) *= factor[j / 2 % 2];
+        for (int j = 0; j < size(out); ++j) out(j) *= factor[j / 2 % 2];
+      }
     }
     if (lane == 0) Barrier::arrive(&shared.q_empty);
     auto p_factor = make_tensor(p.data(), AsFactor{});
