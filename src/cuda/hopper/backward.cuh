@@ -115,7 +115,7 @@ __device__ void load_tiles(const BackwardParams& params,
 }
 
 /// The work of warp group kGroup: known to the compiler, so that it takes no registers.
-template <typename T, int kWidth, int kGroup>
+template <typename T, int kWidth, bool kSoftcap, int kGroup>
 __device__ void compute(const BackwardParams& params,
                         typename Backward<T, kWidth>::Shared& shared) {
   // Left in shared memory: registers are what this kernel is short of.
@@ -203,6 +203,10 @@ __device__ void compute(const BackwardParams& params,
     warpgroup_wait<1>();
     warpgroup_fence_operand(s);
 
+    if constexpr (kSoftcap) {
+#pragma unroll
+      for (int j = 0; j < size(s); ++j) s(j) = tanh_fast(s(j) * params.cap_scale);
+    }
 #pragma unroll
     for (int c = 0; c < kQueries / 8; ++c) {
       const float2 lse = *reinterpret_cast<const float2*>(&shared.lse[stage][8 * c + column]);
@@ -220,14 +224,12 @@ __device__ void compute(const BackwardParams& params,
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
           const int query = 8 * c + column + x;
-          int last = unit.k_count - 1;
-          if (params.causal) {
-            last = min(last, position_of(span, tile * kQueries + query) - unit.k_position);
-          }
-          if (query >= live) last = -1;
+          const int at = position_of(span, tile * kQueries + query) - unit.k_position;
+          const int from = at - params.left;
+          const int to = query < live ? min(unit.k_count - 1, at + params.right) : -1;
 #pragma unroll
           for (int y = 0; y < 2; ++y) {
-            if (key + 8 * y > last) s(4 * c + 2 * y + x) = 0;
+            if (key + 8 * y < from || key + 8 * y > to) s(4 * c + 2 * y + x) = 0;
           }
         }
       }
@@ -246,6 +248,17 @@ __device__ void compute(const BackwardParams& params,
         float& second = dp(4 * c + 2 * y + 1);
         first = s(4 * c + 2 * y) * (first - delta.x);
         second = s(4 * c + 2 * y + 1) * (second - delta.y);
+        if constexpr (kSoftcap) {
+          // The tanh t of a weight p = 2^(t x scale_log2 - lse), whose slope is 1 - t^2. Where p is
+          // 0 there is nothing to scale.
+          const float2 lse = *reinterpret_cast<const float2*>(&shared.lse[stage][8 * c + column]);
+          const auto slope = [&](float p, float log_sum) {
+            const float t = (__log2f(p) + log_sum) / params.scale_log2;
+            return p > 0 ? 1.0f - t * t : 0.0f;
+          };
+          first *= slope(s(4 * c + 2 * y), lse.x);
+          second *= slope(s(4 * c + 2 * y + 1), lse.y);
+        }
       }
     }
     auto ds = rounded<T>(dp);
@@ -256,11 +269,11 @@ __device__ void compute(const BackwardParams& params,
     const auto ds_tiles = score_tiles(_, _, _, n % 2);
     auto ds_factor = make_tensor(ds.data(), AsFactor{});
     group_barrier(group);
-    if constexpr (Types::kShareKeys) pass_turn(group);
+    if constexpr (Types::kShareKeys) pass_turn(group, n);
     // The group's own keys first.
     multiply<true, 2>(mma_queries, ds_tiles, k_t_tiles, dq, group);
     if constexpr (Types::kShareKeys) {
-      take_turn(group);
+      take_turn(group, n);
       multiply<false, 2>(mma_queries, ds_tiles, k_t_tiles, dq, 1 - group);
     }
     multiply<false>(mma_keys, ds_factor, q_t_tiles(_, _, _, stage), dk);
@@ -321,7 +334,7 @@ __device__ void compute(const BackwardParams& params,
   if (in_group == 0) bulk_wait();
 }
 
-template <typename T, int kWidth>
+template <typename T, int kWidth, bool kSoftcap>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     backward_kernel(const __grid_constant__ BackwardParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -347,9 +360,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   } else {
     cutlass::arch::warpgroup_reg_alloc<240>();
     if (threadIdx.x < kBlockThreads - 128) {
-      compute<T, kWidth, 0>(params, shared);
+      compute<T, kWidth, kSoftcap, 0>(params, shared);
     } else {
-      compute<T, kWidth, 1>(params, shared);
+      compute<T, kWidth, kSoftcap, 1>(params, shared);
     }
   }
 #endif

@@ -22,18 +22,20 @@ using cute::Shape;
 constexpr int kBlockThreads = 384;
 constexpr int kComputeThreads = 256;
 
-/// Numbers of named barriers; 0 is __syncthreads. kGroupBarrier and kTurnBarrier have one a warp
-/// group that computes.
+/// Numbers of named barriers; 0 is __syncthreads. kGroupBarrier has one a warp group that computes,
+/// kTurnBarrier two.
 enum NamedBarrier : std::uint32_t { kComputeBarrier = 1, kGroupBarrier = 2, kTurnBarrier = 4 };
 
-/// What a warp group waits for until the other one has given it its turn.
-__device__ __forceinline__ void take_turn(int group) {
-  cutlass::arch::NamedBarrier::sync(kComputeThreads,
-                                    kTurnBarrier + static_cast<std::uint32_t>(group));
+/// Waits until the other warp group has passed this one its turn `count`, and passes one. A group
+/// that passes turns without taking one in between may be one turn ahead of the other, so turns go
+/// to two barriers in turn.
+__device__ __forceinline__ void take_turn(int group, int count = 0) {
+  cutlass::arch::NamedBarrier::sync(
+      kComputeThreads, kTurnBarrier + static_cast<std::uint32_t>(group + count % 2 * 2));
 }
-__device__ __forceinline__ void pass_turn(int group) {
-  cutlass::arch::NamedBarrier::arrive(kComputeThreads,
-                                      kTurnBarrier + static_cast<std::uint32_t>(1 - group));
+__device__ __forceinline__ void pass_turn(int group, int count = 0) {
+  cutlass::arch::NamedBarrier::arrive(
+      kComputeThreads, kTurnBarrier + static_cast<std::uint32_t>(1 - group + count % 2 * 2));
 }
 
 __device__ __forceinline__ void compute_barrier() {
@@ -48,6 +50,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+/// tanh(x) within a few units in the last place of 1: 1 - 2 / (1 + e^2x).
+__device__ __forceinline__ float tanh_fast(float x) {
+  return 1.0f - __fdividef(2.0f, 1.0f + exp2_fast(x * 2.8853900817779268f));
 }
 
 __device__ __forceinline__ std::uint32_t pack(float low, float high, cutlass::bfloat16_t) {

@@ -73,14 +73,10 @@ bool fits(const AttendArgs& args, std::string& why) {
     why = missing;
   } else if (args.q.dtype == DType::kFloat32) {
     why = "the tensor cores take no float32";
-  } else if (args.softcap != 0) {
-    why = "no softcap in the tensor-core kernels";
   } else if (args.scale <= 0) {
     why = "the tensor-core kernels want a positive scale";
   } else if (head_dim % 8 != 0 || head_dim > 128) {
     why = "the tensor-core kernels want a head_dim that is a multiple of 8 up to 128";
-  } else if (!launches_express(args.mask)) {
-    why = "no windows in the tensor-core kernels";
   } else if (!aligned(args.q) || !aligned(args.k) || !aligned(args.v) || !aligned(args.out)) {
     why = "the tensor-core kernels want rows and heads that start at multiples of 16 bytes";
   } else if (args.lse.strides[1] != 1) {
@@ -150,15 +146,30 @@ std::shared_ptr<const BackwardPack> pack_of(const AttendArgs& args, bool own_row
   });
 }
 
-/// Calls `body` with the element type and head width of the call.
+/// Calls `body` with the element type and head width of the call, and whether it has a softcap.
 template <typename Body>
-void dispatch(DType dtype, int width, const Body& body) {
+void dispatch(DType dtype, int width, bool softcap, const Body& body) {
+  const auto with_width = [&]<typename T, int kWidth>() {
+    if (softcap) return body.template operator()<T, kWidth, true>();
+    body.template operator()<T, kWidth, false>();
+  };
   const auto with_type = [&]<typename T>() {
-    if (width == 64) return body.template operator()<T, 64>();
-    body.template operator()<T, 128>();
+    if (width == 64) return with_width.template operator()<T, 64>();
+    with_width.template operator()<T, 128>();
   };
   if (dtype == DType::kFloat16) return with_type.template operator()<__half>();
   with_type.template operator()<__nv_bfloat16>();
+}
+
+/// What makes weights of scores, in either pass.
+template <typename Params>
+void set_scores(Params& params, const AttendArgs& args) {
+  const bool capped = args.softcap != 0;
+  params.scale_log2 = static_cast<float>((capped ? args.softcap : args.scale) * kLog2E);
+  params.cap_scale = capped ? static_cast<float>(args.scale / args.softcap) : 0.0f;
+  const Reach reach = reach_of(args.mask);
+  params.left = reach.left;
+  params.right = reach.right;
 }
 
 TimelineScope span_of(const AttendArgs& args, std::string_view name, void* stream) {
@@ -222,13 +233,14 @@ bool forward(const AttendArgs& args, void* stream_pointer, std::string& why) {
   params.heads = static_cast<int>(heads);
   params.group = static_cast<int>(heads / args.k.shape[1]);
   params.head_dim = static_cast<int>(args.q.shape[2]);
-  params.scale_log2 = static_cast<float>(args.scale * kLog2E);
-  params.causal = args.mask.causal;
+  set_scores(params, args);
   const int blocks =
       static_cast<int>(std::min<int64_t>(tiles, abilities(args.q.device.index).processors));
   const auto scope = span_of(args, "forward", stream);
-  dispatch(args.q.dtype, width_of(args.q.shape[2]),
-           [&]<typename T, int kWidth>() { run_forward<T, kWidth>(params, blocks, stream); });
+  dispatch(args.q.dtype, width_of(args.q.shape[2]), args.softcap != 0,
+           [&]<typename T, int kWidth, bool kSoftcap>() {
+             run_forward<T, kWidth, kSoftcap>(params, blocks, stream);
+           });
   return true;
 }
 
@@ -302,8 +314,7 @@ void HopperBackward::State::run_units(const std::vector<BackwardUnit>& units,
   params.tiles = pack->work.spans.tiles();
   params.head_dim = static_cast<int>(args.q.shape[2]);
   params.scale = static_cast<float>(args.scale);
-  params.scale_log2 = static_cast<float>(args.scale * kLog2E);
-  params.causal = args.mask.causal;
+  set_scores(params, args);
   if (split_dk != nullptr) {
     const int64_t row = args.k.shape[1] * args.k.shape[2];
     params.dk = {split_dk->data(), row, args.k.shape[2]};
@@ -315,8 +326,8 @@ void HopperBackward::State::run_units(const std::vector<BackwardUnit>& units,
     params.dv = rows_of(args.dv);
     params.sums_are_float = args.dk.dtype == DType::kFloat32;
   }
-  dispatch(args.q.dtype, width, [&]<typename T, int kWidth>() {
-    run_backward<T, kWidth>(params, static_cast<int64_t>(units.size()), stream);
+  dispatch(args.q.dtype, width, args.softcap != 0, [&]<typename T, int kWidth, bool kSoftcap>() {
+    run_backward<T, kWidth, kSoftcap>(params, static_cast<int64_t>(units.size()), stream);
   });
 }
 
@@ -338,8 +349,11 @@ std::unique_ptr<HopperBackward> HopperBackward::begin(const AttendBackwardArgs& 
   {
     const auto scope = span_of(args, "backward, before", stream);
     const PassParams params = state->pass_params();
-    dispatch(args.q.dtype, state->width,
-             [&]<typename T, int kWidth>() { run_before<T>(params, kWidth, state->stream); });
+    if (args.q.dtype == DType::kFloat16) {
+      run_before<__half>(params, state->width, state->stream);
+    } else {
+      run_before<__nv_bfloat16>(params, state->width, state->stream);
+    }
   }
   if (!work.early.empty()) {
     const auto scope = span_of(args, "backward, own keys", stream);
@@ -361,8 +375,11 @@ void HopperBackward::finish(const AttendBackwardArgs& given) {
   {
     const auto scope = span_of(args, "backward, after", state.stream);
     const PassParams params = state.pass_params();
-    dispatch(args.q.dtype, state.width,
-             [&]<typename T, int kWidth>() { run_after<T>(params, kWidth, state.stream); });
+    if (args.q.dtype == DType::kFloat16) {
+      run_after<__half>(params, state.width, state.stream);
+    } else {
+      run_after<__nv_bfloat16>(params, state.width, state.stream);
+    }
   }
   if (state.split_dk == nullptr) return;
   const auto scope = span_of(args, "sums of dk and dv", state.stream);

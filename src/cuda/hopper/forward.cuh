@@ -48,9 +48,10 @@ struct Forward {
 struct ForwardTile {
   Span span;
   int head;
-  int first_row;  // of the span
-  int end_key;    // keys [0, end_key) are seen by some of the rows
-  int blocks;     // of kKeyTile keys
+  int first_row;    // of the span
+  int first_block;  // tiles [first_block, end_block) of the span's keys are seen by some of the
+                    // rows
+  int end_block;
 };
 
 __device__ __forceinline__ ForwardTile tile_of(const ForwardParams& params, int number) {
@@ -61,8 +62,8 @@ __device__ __forceinline__ ForwardTile tile_of(const ForwardParams& params, int 
   tile.head =
       number / (params.unit_count * params.section) * params.section + in_section % params.section;
   tile.first_row = unit.tile * kForwardTile;
-  tile.end_key = unit.end_key;
-  tile.blocks = (unit.end_key + kKeyTile - 1) / kKeyTile;
+  tile.first_block = unit.first_block;
+  tile.end_block = (unit.end_key + kKeyTile - 1) / kKeyTile;
   return tile;
 }
 
@@ -94,24 +95,23 @@ __device__ void load_forward(const ForwardParams& params,
                                   kForwardTile * kWidth * static_cast<int>(sizeof(T)));
     load_tile<kWidth>(params.q, &shared.q_full, shared.q, kForwardTile,
                       tile.span.q_begin + tile.first_row, tile.head);
-    for (int block = tile.blocks - 1; block >= 0; --block, ++n) {
+    for (int block = tile.end_block - 1; block >= tile.first_block; --block, ++n) {
       give(params.k, shared.k_full, shared.k_empty, shared.k, n, row(block), kv_head);
       // A block's values are wanted one block later than its keys.
-      if (block < tile.blocks - 1) {
+      if (block < tile.end_block - 1) {
         give(params.v, shared.v_full, shared.v_empty, shared.v, n - 1, row(block + 1), kv_head);
       }
     }
-    give(params.v, shared.v_full, shared.v_empty, shared.v, n - 1, row(0), kv_head);
+    give(params.v, shared.v_full, shared.v_empty, shared.v, n - 1, row(tile.first_block), kv_head);
   }
 }
 
-template <typename T, int kWidth>
+template <typename T, int kWidth, bool kSoftcap>
 __device__ void compute_forward(const ForwardParams& params,
                                 typename Forward<T, kWidth>::Shared& shared) {
   using namespace cute;
   using Types = Forward<T, kWidth>;
   constexpr int kStages = Types::kStages;
-  constexpr int kColumns = kKeyTile / 8;
   const int thread = static_cast<int>(threadIdx.x) - (kBlockThreads - kComputeThreads);
   const int group = __shfl_sync(0xffffffffu, thread / 128, 0);
   const int in_group = thread % 128;
@@ -150,14 +150,20 @@ __device__ void compute_forward(const ForwardParams& params,
     if (number < 0) break;
     const ForwardTile tile = tile_of(params, number);
     const int live = tile.span.q_count - tile.first_row;
-    const int first_position = position_of(tile.span, tile.first_row);
-    int last_key[2];  // that each of this thread's two rows sees
+    // Keys are counted from the span's first; rows behind the last are not stored.
+    const auto key_of = [&](int tile_row) {
+      return position_of(tile.span, tile.first_row + min(tile_row, live - 1)) -
+             tile.span.k_position;
+    };
+    // What every row sees of the keys: none of them needs a mask.
+    const int all_from = key_of(kForwardTile - 1) - params.left;
+    const int all_to = min(tile.span.k_count - 1, key_of(0) + params.right);
+    int first_key[2];  // that each of this thread's two rows sees
+    int last_key[2];
 #pragma unroll
     for (int y = 0; y < 2; ++y) {
-      last_key[y] = tile.span.k_count - 1;
-      if (params.causal && row + 8 * y < live) {
-        last_key[y] = min(last_key[y], position_of(tile.span, tile.first_row + row + 8 * y));
-      }
+      first_key[y] = key_of(row + 8 * y) - params.left;
+      last_key[y] = min(tile.span.k_count - 1, key_of(row + 8 * y) + params.right);
     }
     float most[2] = {-INFINITY, -INFINITY};
     float sum[2] = {0, 0};
@@ -165,18 +171,17 @@ __device__ void compute_forward(const ForwardParams& params,
     // Turns scores into weights and `most` and `sum` into those of all keys so far; gives what out
     // is to be multiplied by.
     const auto soften = [&](auto& s, int block, float(&factor)[2]) {
-      const int first_key = block * kKeyTile;
-      const int end_key = first_key + kKeyTile;
-      if (end_key > tile.span.k_count || (params.causal && end_key - 1 > first_position)) {
+      const int from = block * kKeyTile;
+      if constexpr (kSoftcap) {
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
+        for (int j = 0; j < size(s); ++j) s(j) = tanh_fast(s(j) * params.cap_scale);
+      }
+      if (from < all_from || from + kKeyTile - 1 > all_to) {
 #pragma unroll
-          for (int y = 0; y < 2; ++y) {
-#pragma unroll
-            for (int x = 0; x < 2; ++x) {
-              if (first_key + 8 * c + column + x > last_key[y]) s(4 * c + 2 * y + x) = -INFINITY;
-            }
-          }
+        for (int j = 0; j < size(s); ++j) {
+          const int y = j / 2 % 2;
+          const int key = from + j / 4 * 8 + column + j % 2;
+          if (key < first_key[y] || key > last_key[y]) s(j) = -INFINITY;
         }
       }
       // Several chains side by side: there are too few warps to hide the latency of one.
@@ -216,7 +221,7 @@ __device__ void compute_forward(const ForwardParams& params,
 
     Barrier::wait(&shared.q_full, static_cast<std::uint32_t>(i) % 2);
     float factor[2];
-    int block = tile.blocks - 1;
+    int block = tile.end_block - 1;
     auto s = partition_fragment_C(mma_scores, Shape<Int<kForwardTile>, Int<kKeyTile>>{});
     wait_full(shared.k_full, n);
     take_turn(group);
@@ -236,7 +241,7 @@ __device__ void compute_forward(const ForwardParams& params,
     soften(s, block, factor);
     auto p = rounded<T>(s);
     clear(out);
-    for (--block; block >= 0; --block, ++n) {
+    for (--block; block >= tile.first_block; --block, ++n) {
       auto next = partition_fragment_C(mma_scores, Shape<Int<kForwardTile>, Int<kKeyTile>>{});
       auto p_factor = make_tensor(p.data(), AsFactor{});
       wait_full(shared.k_full, n + 1);
@@ -312,7 +317,7 @@ __device__ void compute_forward(const ForwardParams& params,
   if (group == 0) take_turn(group);
 }
 
-template <typename T, int kWidth>
+template <typename T, int kWidth, bool kSoftcap>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     forward_kernel(const __grid_constant__ ForwardParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -340,7 +345,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     if (threadIdx.x == 0) load_forward<T, kWidth>(params, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<240>();
-    compute_forward<T, kWidth>(params, shared);
+    compute_forward<T, kWidth, kSoftcap>(params, shared);
   }
 #endif
 }

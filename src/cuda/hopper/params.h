@@ -22,18 +22,23 @@ struct Span {
   std::int32_t early_position;  // position in the document of the first early row
   std::int32_t late_position;   // likewise of the first late row
   std::int32_t tile_begin;      // first tile of the padded order
-  std::int32_t k_begin;         // row of the gathered keys that holds the document's first
-  std::int32_t k_count;         // gathered keys of the document
+  std::int32_t k_begin;         // forward: first row of the gathered keys that these rows may see
+  std::int32_t k_count;         // forward: rows of gathered keys from there on
+  std::int32_t k_position;      // forward: position in the document of the first of them
 };
+
+/// What stands for no bound of a window; positions are below it.
+constexpr std::int32_t kFar = std::int32_t{1} << 30;
 
 /// Query rows of a tile of the forward.
 constexpr int kForwardTile = 128;
 
-/// A tile of the forward: rows of a span from tile x kForwardTile on, which see the document's keys
-/// [0, end_key) at most.
+/// A tile of the forward: rows of a span from tile x kForwardTile on, which see no keys but those
+/// from the span's tile `first_block` of keys on and before its key `end_key`.
 struct ForwardUnit {
   std::int32_t span;
   std::int32_t tile;
+  std::int32_t first_block;
   std::int32_t end_key;
 };
 
@@ -78,8 +83,9 @@ struct ForwardParams {
   int heads;
   int group;  // query heads of a KV head
   int head_dim;
-  float scale_log2;  // scale x log2(e), positive
-  bool causal;
+  float scale_log2;  // (scale or, with a softcap, softcap) x log2(e), positive
+  float cap_scale;   // with a softcap: scale / softcap
+  int left, right;   // a query at i sees keys at i - left .. i + right; kFar: no bound
 };
 
 /// What the backward kernel works on; the maps are those of make_tensor_map.
@@ -96,9 +102,10 @@ struct BackwardParams {
   std::int64_t tiles;
   int head_dim;
   float scale;
-  float scale_log2;     // scale x log2(e)
+  float scale_log2;     // (scale or, with a softcap, softcap) x log2(e)
+  float cap_scale;      // with a softcap: scale / softcap
   bool sums_are_float;  // dk and dv; otherwise the kernel's type
-  bool causal;
+  int left, right;      // a query at i sees keys at i - left .. i + right; kFar: no bound
 };
 
 /// What the passes before and after the backward kernel work on.
@@ -118,13 +125,14 @@ struct PassParams {
   float scale;
 };
 
-/// Launches the kernel for element type T with `blocks` blocks, at most one a multiprocessor.
-template <typename T, int kWidth>
+/// Launches the kernel for element type T, with or without a softcap, with `blocks` blocks, at most
+/// one a multiprocessor.
+template <typename T, int kWidth, bool kSoftcap>
 void run_forward(const ForwardParams& params, int blocks, void* stream);
 
-/// Launches the kernel for element type T (src/cuda/hopper/instance.cu.in makes one file a type and
-/// width).
-template <typename T, int kWidth>
+/// Launches the kernel for element type T, with or without a softcap
+/// (src/cuda/hopper/instance.cu.in makes one file a type and width).
+template <typename T, int kWidth, bool kSoftcap>
 void run_backward(const BackwardParams& params, std::int64_t units, void* stream);
 
 /// delta, lse in the padded order, and sums of dq cleared.

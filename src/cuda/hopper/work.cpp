@@ -1,9 +1,9 @@
 #include "cuda/hopper/work.h"
 
 #include <algorithm>
-#include <limits>
 #include <map>
 
+#include "cuda/launch_lists.h"
 #include "zigzag/error.h"
 
 namespace zigzag::cuda::hopper {
@@ -16,9 +16,9 @@ using std::int64_t;
 constexpr int64_t kOwnChunk = 8 * kKeyTile;
 
 std::int32_t narrow(int64_t value) {
-  if (value > std::numeric_limits<std::int32_t>::max()) {
+  if (value >= kFar) {
     throw DeviceError("a rank holds " + std::to_string(value) +
-                      " rows or tiles; the GPU's kernels count up to 2^31 - 1");
+                      " rows, tiles or positions; the GPU's kernels count up to 2^30 - 1");
   }
   return static_cast<std::int32_t>(value);
 }
@@ -63,22 +63,33 @@ std::vector<Keys> cut(const KeyRange& range, const Span& span, bool own_rows) {
   return parts;
 }
 
-/// The first row of a span that sees the key at `position` under a causal mask.
+/// The first row of a span whose position is at least `position`; q_count when there is none.
 int64_t first_row(const Span& span, int64_t position) {
   if (position < span.early_position + span.q_early) {
     return std::max<int64_t>(0, position - span.early_position);
   }
-  return span.q_early + std::max<int64_t>(0, position - span.late_position);
+  const int64_t late = std::max<int64_t>(0, position - span.late_position);
+  return std::min<int64_t>(span.q_count, span.q_early + late);
 }
 
-/// The tiles that need no mask.
-void set_full_tiles(BackwardUnit& unit, const Span& span, int tile, bool causal) {
+int64_t position_of(const Span& span, int64_t row) {
+  return row < span.q_early ? span.early_position + row : span.late_position + row - span.q_early;
+}
+
+/// The tiles of queries that see any of the unit's keys, and those that need no mask.
+void set_tiles(BackwardUnit& unit, const Span& span, const Reach& reach) {
+  const int64_t last_key = unit.k_position + unit.k_count - 1;
+  const int64_t begin = first_row(span, int64_t{unit.k_position} - reach.right);
+  const int64_t end = first_row(span, last_key + reach.left + 1);
+  unit.first_tile = narrow(begin / kQueryTile);
+  unit.end_tile = std::max(unit.first_tile, narrow((end + kQueryTile - 1) / kQueryTile));
+  if (begin >= end) unit.end_tile = unit.first_tile;
   unit.first_full = unit.end_full = unit.first_tile;
   if (unit.k_count < kKeyTile) return;
-  const int64_t last_key = unit.k_position + unit.k_count - 1;
-  const int64_t row = causal ? first_row(span, last_key) : 0;
-  unit.first_full = std::max(unit.first_tile, narrow((row + tile - 1) / tile));
-  unit.end_full = std::max(unit.first_full, span.q_count / tile);
+  const int64_t full_begin = first_row(span, last_key - reach.right);
+  const int64_t full_end = first_row(span, int64_t{unit.k_position} + reach.left + 1);
+  unit.first_full = std::max(unit.first_tile, narrow((full_begin + kQueryTile - 1) / kQueryTile));
+  unit.end_full = std::max(unit.first_full, narrow(full_end / kQueryTile));
 }
 
 int64_t weight(const BackwardUnit& unit) {
@@ -106,73 +117,79 @@ int choose_splits(const std::vector<BackwardUnit>& blocks, int64_t kv_heads, int
 
 }  // namespace
 
-Spans make_spans(const AttendArgs& args, int tile) {
-  std::map<int64_t, std::vector<const WorkItem*>> of_document;
+Reach reach_of(const Mask& mask) {
+  const auto bound = [](int64_t window) {
+    return static_cast<std::int32_t>(window < 0 ? kFar : std::min<int64_t>(window, kFar));
+  };
+  return {bound(mask.window_left), mask.causal ? 0 : bound(mask.window_right)};
+}
+
+Spans make_spans(const AttendArgs& args, int tile, bool whole) {
+  std::vector<WorkItem> items;
   for (const WorkItem& item : args.items) {
-    if (item.q_count > 0) of_document[item.document].push_back(&item);
+    if (item.q_count > 0) items.push_back(item);
   }
+  std::sort(items.begin(), items.end(),
+            [](const WorkItem& a, const WorkItem& b) { return a.q_begin < b.q_begin; });
   Spans result;
   int64_t tiles = 0;
-  for (auto& [document, items] : of_document) {
-    std::sort(items.begin(), items.end(),
-              [](const WorkItem* a, const WorkItem* b) { return a->q_begin < b->q_begin; });
-    const WorkItem& first = *items.front();
-    const WorkItem& last = *items.back();
-    if (items.size() > 2 || (items.size() == 2 && first.q_begin + first.q_count != last.q_begin)) {
-      throw DeviceError("the rows of a document do not lie side by side in the shard");
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    const WorkItem& early = items[i];
+    Span span{};
+    span.q_begin = narrow(early.q_begin);
+    span.q_count = span.q_early = narrow(early.q_count);
+    span.early_position = narrow(early.q_position);
+    span.late_position = narrow(early.q_position + early.q_count);
+    span.k_begin = narrow(early.k_begin);
+    span.k_count = narrow(early.k_count);
+    span.k_position = narrow(early.k_position);
+    if (whole && i + 1 < items.size() && items[i + 1].document == early.document) {
+      const WorkItem& late = items[++i];
+      span.q_count = narrow(early.q_count + late.q_count);
+      span.late_position = narrow(late.q_position);
+      // Both see the document from its start.
+      span.k_count = narrow(std::max(early.k_count, late.k_count));
     }
-    const int64_t count = items.size() == 2 ? first.q_count + last.q_count : first.q_count;
-    const int64_t late = items.size() == 2 ? last.q_position : first.q_position + first.q_count;
-    result.spans.push_back({narrow(first.q_begin), narrow(count), narrow(first.q_count),
-                            narrow(first.q_position), narrow(late), narrow(tiles), 0, 0});
-    result.documents.push_back(document);
-    const int64_t end = tiles + (count + tile - 1) / tile;
+    span.tile_begin = narrow(tiles);
+    result.spans.push_back(span);
+    result.documents.push_back(early.document);
+    const int64_t end = tiles + (span.q_count + tile - 1) / tile;
     for (; tiles < end; ++tiles) {
       result.tile_span.push_back(static_cast<std::int32_t>(result.spans.size()) - 1);
     }
   }
   narrow(tiles);
-  std::size_t index = 0;
-  for (const KeyRange& range : args.plan->gathered_ranges(args.rank, args.mask)) {
-    if (range.begin == range.end) continue;
-    while (index < result.documents.size() && result.documents[index] < range.document) ++index;
-    if (index == result.documents.size() || result.documents[index] != range.document ||
-        range.begin != 0) {
-      throw DeviceError("gathered keys are not those of a document from its start");
-    }
-    result.spans[index].k_begin = narrow(range.row);
-    result.spans[index].k_count = narrow(range.end);
-  }
   return result;
 }
 
 ForwardWork make_forward_work(const AttendArgs& args) {
   ForwardWork work;
-  work.spans = make_spans(args, kForwardTile);
+  const Reach reach = reach_of(args.mask);
+  // Early and late rows share tiles where both see the document from its start.
+  work.spans = make_spans(args, kForwardTile, launches_express(args.mask));
   for (std::size_t i = 0; i < work.spans.spans.size(); ++i) {
     const Span& span = work.spans.spans[i];
     for (std::int32_t tile = 0; tile * kForwardTile < span.q_count; ++tile) {
-      std::int32_t end_key = span.k_count;
-      if (args.mask.causal) {
-        const std::int32_t last = std::min(span.q_count, (tile + 1) * kForwardTile) - 1;
-        const std::int32_t position = last < span.q_early
-                                          ? span.early_position + last
-                                          : span.late_position + last - span.q_early;
-        end_key = std::min(end_key, position + 1);
-      }
-      work.units.push_back({static_cast<std::int32_t>(i), tile, end_key});
+      const int64_t first = int64_t{tile} * kForwardTile;
+      const int64_t last = std::min<int64_t>(span.q_count, first + kForwardTile) - 1;
+      const int64_t from = position_of(span, first) - reach.left - span.k_position;
+      const int64_t to = position_of(span, last) + reach.right - span.k_position;
+      const int64_t first_block = std::max<int64_t>(0, from) / kKeyTile;
+      work.units.push_back({static_cast<std::int32_t>(i), tile, narrow(first_block),
+                            narrow(std::min<int64_t>(span.k_count, to + 1))});
     }
   }
   std::stable_sort(
-      work.units.begin(), work.units.end(),
-      [](const ForwardUnit& a, const ForwardUnit& b) { return a.end_key > b.end_key; });
+      work.units.begin(), work.units.end(), [](const ForwardUnit& a, const ForwardUnit& b) {
+        return a.end_key - a.first_block * kKeyTile > b.end_key - b.first_block * kKeyTile;
+      });
   return work;
 }
 
 BackwardWork make_backward_work(const AttendArgs& args, bool own_rows, int processors) {
   BackwardWork work;
-  constexpr int tile = kQueryTile;
-  work.spans = make_spans(args, tile);
+  const Reach reach = reach_of(args.mask);
+  work.spans = make_spans(args, kQueryTile, true);
   std::map<int64_t, std::size_t> span_of;
   for (std::size_t i = 0; i < work.spans.documents.size(); ++i) {
     span_of[work.spans.documents[i]] = i;
@@ -185,19 +202,15 @@ BackwardWork make_backward_work(const AttendArgs& args, bool own_rows, int proce
     if (range.begin == range.end) continue;
     const std::size_t index = span_of.at(range.document);
     const Span& span = work.spans.spans[index];
-    const int64_t end_tile = (span.q_count + tile - 1) / tile;
-    for (const Keys& keys : cut(range, span, own_rows)) {
+    for (const Keys& keys : cut(range, span, own_rows && launches_express(args.mask))) {
       for (int64_t at = keys.begin; at < keys.end; at += kKeyTile) {
-        const int64_t first = args.mask.causal ? first_row(span, at) / tile : 0;
         BackwardUnit unit{};
         unit.span = narrow(static_cast<int64_t>(index));
         unit.k_row = narrow(keys.row + at - keys.begin);
         unit.k_count = narrow(std::min<int64_t>(kKeyTile, keys.end - at));
         unit.k_position = narrow(at);
         unit.dk_row = narrow(keys.dk_row + at - keys.begin);
-        unit.end_tile = narrow(end_tile);
-        unit.first_tile = narrow(std::min(first, end_tile));
-        set_full_tiles(unit, span, tile, args.mask.causal);
+        set_tiles(unit, span, reach);
         unit.heads = 1;
         blocks.push_back(unit);
         own.push_back(keys.own ? 1 : 0);

@@ -18,9 +18,16 @@ struct Spans {
   std::int64_t tiles() const { return static_cast<std::int64_t>(tile_span.size()); }
 };
 
-Spans make_spans(const AttendArgs& args, int tile);
+/// `whole`: a span a document; otherwise one a work item, with the keys that its rows may see.
+Spans make_spans(const AttendArgs& args, int tile, bool whole);
 
-/// A forward as tiles of queries, heaviest first. Not for windows.
+/// The bounds of a mask around a query, with kFar for none.
+struct Reach {
+  std::int32_t left, right;
+};
+Reach reach_of(const Mask& mask);
+
+/// A forward as tiles of queries, heaviest first.
 struct ForwardWork {
   Spans spans;
   std::vector<ForwardUnit> units;
@@ -37,7 +44,7 @@ struct BackwardWork {
 };
 
 /// `own_rows`: keys that the rank itself holds become early units, whose k_row counts rows of the
-/// shard. `processors`: multiprocessors of the GPU, over which units are balanced. Not for windows.
+/// shard. `processors`: multiprocessors of the GPU, over which units are balanced.
 BackwardWork make_backward_work(const AttendArgs& args, bool own_rows, int processors);
 
 }  // namespace zigzag::cuda::hopper
