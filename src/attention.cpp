@@ -165,12 +165,26 @@ class Schedule {
       args.v = kv_heads(v_, stage);
       backend_->attend_backward_early(args);
     };
+    // What other ranks add to the gradients of this one's rows, by stage, where it is fetched while
+    // attention goes on. Kept until no exchange uses it.
+    std::vector<Pair> others(static_cast<std::size_t>(stages_));
     gather(0);
     start_early(0);
     join_exchange();
     for (int stage = 0; stage < stages_; ++stage) {
       gather_next(stage);
       const AttendBackwardArgs args = arguments(stage);
+      const comm::Step step{"reduction of dK and dV", stage, stages_};
+      const TensorView sources[] = {args.dk, args.dv};
+      const bool in_parts =
+          !alone() && transport_.reduces_in_parts() && backend_->attend_backward_others(args);
+      Pair& sums = others[static_cast<std::size_t>(stage)];
+      if (in_parts) {
+        sums = {local_sums(), local_sums()};
+        backend_->order(backend_->compute_queue(), backend_->exchange_queue());
+        const TensorView views[] = {sums.k.view, sums.v.view};
+        transport_.reduce_others(sources, views, table_, step, backend_->exchange_queue());
+      }
       backend_->attend_backward(args);
       // Only a slot that no reduction reads can take the next stage's partials at once.
       const bool free_slot = stage + 1 < slots_;
@@ -179,10 +193,13 @@ class Schedule {
       if (!free_slot) start_early(stage + 1);
       if (alone()) continue;
       backend_->order(backend_->compute_queue(), backend_->exchange_queue());
-      const TensorView sources[] = {args.dk, args.dv};
       const TensorView destinations[] = {kv_heads(dk, stage), kv_heads(dv, stage)};
-      transport_.reduce(sources, destinations, table_, {"reduction of dK and dV", stage, stages_},
-                        backend_->exchange_queue());
+      if (in_parts) {
+        const TensorView views[] = {sums.k.view, sums.v.view};
+        transport_.add_own(sources, views, destinations, table_, backend_->exchange_queue());
+      } else {
+        transport_.reduce(sources, destinations, table_, step, backend_->exchange_queue());
+      }
     }
     join_exchange();
   }
@@ -199,17 +216,17 @@ class Schedule {
 
   bool alone() const { return transport_.size() == 1; }
 
-  std::vector<int64_t> gathered_shape() const {
-    return {table_.gathered_tokens, problem_.kv_heads_per_stage, problem_.head_dim};
-  }
-
-  Gathered gathered_buffer(DType dtype) {
+  Gathered buffer_of(int64_t rows, DType dtype) {
     Gathered result;
-    result.view = TensorView::contiguous(nullptr, dtype, gathered_shape(), q_.device);
+    result.view = TensorView::contiguous(
+        nullptr, dtype, {rows, problem_.kv_heads_per_stage, problem_.head_dim}, q_.device);
     result.buffer = backend_->allocate(result.view.num_elements() * item_size(dtype));
     result.view.data = result.buffer.memory.get();
     return result;
   }
+  Gathered gathered_buffer(DType dtype) { return buffer_of(table_.gathered_tokens, dtype); }
+  /// Float32 sums for a stage's rows of this rank.
+  Gathered local_sums() { return buffer_of(table_.local_tokens, DType::kFloat32); }
 
   TensorView kv_heads(const TensorView& x, int stage) const {
     if (alone()) return x;

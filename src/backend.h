@@ -106,6 +106,10 @@ class Backend {
   /// head_dim]. A backend may give the part of the work here that needs no more; attend_backward
   /// then does the rest. Only for a rank that is not alone.
   virtual void attend_backward_early(const AttendBackwardArgs& /*args*/) {}
+  /// Called between the two, once K and V are gathered, with the arguments of attend_backward.
+  /// True when, in the order of the queue, dk and dv are then complete for all rows but the rank's
+  /// own; attend_backward does the rest.
+  virtual bool attend_backward_others(const AttendBackwardArgs& /*args*/) { return false; }
 };
 
 /// src/cpu: the fast kernels, and their plain twins.

@@ -20,7 +20,7 @@ namespace {
 using cuda::as_stream;
 using cuda::check;
 
-enum List : std::uint64_t { kOwn = 1, kPull, kPackPartials, kSum };
+enum List : std::uint64_t { kOwn = 1, kPull, kPackPartials, kSum, kSumOthers };
 
 /// Copies shorter than this on average go through a kernel, longer ones through the copy engines,
 /// which take no multiprocessor. With copies of 0.2 to 8 MiB the kernel was 1-4% faster end to end
@@ -109,18 +109,39 @@ class PeerTransport final : public Transport {
 
   void reduce(std::span<const TensorView> partials, std::span<const TensorView> destinations,
               const ExchangeTable& table, const Step& step, Queue queue) override {
+    reduce_rows(partials, destinations, table, step, queue, true);
+  }
+
+  bool reduces_in_parts() const override { return true; }
+
+  void reduce_others(std::span<const TensorView> partials, std::span<const TensorView> sums,
+                     const ExchangeTable& table, const Step& step, Queue queue) override {
+    reduce_rows(partials, sums, table, step, queue, false);
+  }
+
+  void add_own(std::span<const TensorView> partials, std::span<const TensorView> sums,
+               std::span<const TensorView> destinations, const ExchangeTable& table,
+               Queue queue) override {
+    cuda::DeviceGuard guard(group_.device());
+    const auto scope = span("add own partials", as_stream(queue.stream));
+    add_own_rows(partials, sums, destinations, table, rank(), queue);
+  }
+
+ private:
+  /// `with_own`: this rank's partials are among those that are added.
+  void reduce_rows(std::span<const TensorView> partials, std::span<const TensorView> destinations,
+                   const ExchangeTable& table, const Step& step, Queue queue, bool with_own) {
     check_device(partials, group_.device(), rank());
     check_device(destinations, group_.device(), rank());
     cuda::DeviceGuard guard(group_.device());
     const cudaStream_t stream = as_stream(queue.stream);
     if (group_.shares_addresses(stream)) {
-      reduce_in_place(partials, destinations, table, step, stream);
+      reduce_in_place(partials, destinations, table, step, stream, with_own);
     } else {
-      reduce_packed(partials, destinations, table, step, stream);
+      reduce_packed(partials, destinations, table, step, stream, with_own);
     }
   }
 
- private:
   cuda::TimelineScope span(std::string_view name, cudaStream_t stream) const {
     return {name, group_.rank(), group_.device(), cuda::Lane::kExchange, stream};
   }
@@ -219,7 +240,7 @@ class PeerTransport final : public Transport {
   /// Reads peers' partials where they lie: all ranks share this process and its addresses.
   void reduce_in_place(std::span<const TensorView> partials,
                        std::span<const TensorView> destinations, const ExchangeTable& table,
-                       const Step& step, cudaStream_t stream) {
+                       const Step& step, cudaStream_t stream, bool with_own) {
     (void)group_.begin(1, step, stream);
     group_.packed(stream);
     std::vector<std::int64_t> addresses;
@@ -229,7 +250,7 @@ class PeerTransport final : public Transport {
     }
     const std::vector<std::int64_t> all = group_.publish(addresses, step, stream);
     const auto scope = span("sum partials", stream);
-    const cuda::TableKey key{list_key(table, kSum), 0, 30};
+    const cuda::TableKey key{list_key(table, with_own ? kSum : kSumOthers), 0, 30};
     for (std::size_t t = 0; t < partials.size(); ++t) {
       std::vector<const void*> sources;
       for (int r = 0; r < size(); ++r) {
@@ -238,7 +259,7 @@ class PeerTransport final : public Transport {
       }
       cuda::sum_rows(
           sources, partials[t].dtype, 1, destinations[t], key,
-          [&] { return sum_table(table, false); }, stream);
+          [&] { return sum_table(table, false, with_own); }, stream);
     }
     group_.end(stream);
     group_.wait_for_readers(step, stream);
@@ -246,7 +267,8 @@ class PeerTransport final : public Transport {
 
   /// Packs what each peer will read, where it sees only this transport's own memory.
   void reduce_packed(std::span<const TensorView> partials, std::span<const TensorView> destinations,
-                     const ExchangeTable& table, const Step& step, cudaStream_t stream) {
+                     const ExchangeTable& table, const Step& step, cudaStream_t stream,
+                     bool with_own) {
     std::vector<Segment> packing;
     std::vector<std::int64_t> first_rows(static_cast<std::size_t>(size()), 0);
     std::int64_t rows = 0;
@@ -279,7 +301,7 @@ class PeerTransport final : public Transport {
     values.insert(values.end(), first_rows.begin(), first_rows.end());
     const std::vector<std::int64_t> all = group_.publish(values, step, stream);
     const auto scope = span("sum partials", stream);
-    const cuda::TableKey key{list_key(table, kSum), 0, 31};
+    const cuda::TableKey key{list_key(table, with_own ? kSum : kSumOthers), 0, 31};
     for (std::size_t t = 0; t < partials.size(); ++t) {
       std::vector<const void*> sources;
       for (int r = 0; r < size(); ++r) {
@@ -291,19 +313,20 @@ class PeerTransport final : public Transport {
       }
       cuda::sum_rows(
           sources, partials[t].dtype, 1, destinations[t], key,
-          [&] { return sum_table(table, true); }, stream);
+          [&] { return sum_table(table, true, with_own); }, stream);
     }
     group_.end(stream);
   }
 
   /// Where the rows that add up to a local row lie in each rank's partials; `packed`: in the rows
   /// that the rank packed for this one.
-  cuda::SumTable sum_table(const ExchangeTable& table, bool packed) const {
+  cuda::SumTable sum_table(const ExchangeTable& table, bool packed, bool with_own) const {
     std::vector<cuda::SumPart> parts;
     for (int r = 0; r < size(); ++r) {
       std::int64_t row = 0;
       for (const Segment& segment : table.sends[static_cast<std::size_t>(r)]) {
         const bool own = r == rank();
+        if (own && !with_own) continue;
         parts.push_back(
             {r, segment.source_row, packed && !own ? row : segment.destination_row, segment.rows});
         row += segment.rows;

@@ -72,18 +72,23 @@ class CudaBackend final : public Backend {
   void attend(const AttendArgs& args) override {
     if (args.q.num_elements() == 0) return;
     std::string why;
-    if (kernels_ != Kernels::kReference && engine_allowed(Engine::kHopper) &&
-        hopper::forward(args, stream_, why)) {
-      return;
-    }
-    if (CudnnEngine* engine = cudnn()) {
-      if (cudnn_forward(*engine, args, stream_, why)) return;
-    }
+    const auto by_hopper = [&] {
+      return kernels_ != Kernels::kReference && engine_allowed(Engine::kHopper) &&
+             hopper::forward(args, stream_, why);
+    };
+    if (hopper_goes_first() && by_hopper()) return;
+    CudnnEngine* const engine = cudnn();
+    if (engine != nullptr && cudnn_forward(*engine, args, stream_, why)) return;
+    if (!hopper_goes_first() && by_hopper()) return;
     const auto scope = span(args, "forward, own kernels");
     fma_attend(args, stream_);
   }
 
   void attend_backward_early(const AttendBackwardArgs& args) override { begin(args, true); }
+
+  bool attend_backward_others(const AttendBackwardArgs& args) override {
+    return hopper_begun_ != nullptr && hopper_begun_->others(args);
+  }
 
   void attend_backward(const AttendBackwardArgs& args) override {
     if (hopper_begun_ == nullptr && cudnn_begun_ == nullptr) begin(args, false);

@@ -112,7 +112,7 @@ struct ForwardPack {
 struct BackwardPack {
   BackwardWork work;
   std::vector<std::byte> bytes;
-  std::size_t tile_span_at = 0, early_at = 0, late_at = 0;  // spans stand first
+  std::size_t tile_span_at = 0, early_at = 0, others_at = 0, rest_at = 0;  // spans stand first
 };
 
 template <typename T>
@@ -141,7 +141,8 @@ std::shared_ptr<const BackwardPack> pack_of(const AttendArgs& args, bool own_row
     append(pack.bytes, pack.work.spans.spans);
     pack.tile_span_at = append(pack.bytes, pack.work.spans.tile_span);
     pack.early_at = append(pack.bytes, pack.work.early);
-    pack.late_at = append(pack.bytes, pack.work.late);
+    pack.others_at = append(pack.bytes, pack.work.others);
+    pack.rest_at = append(pack.bytes, pack.work.rest);
     return pack;
   });
 }
@@ -264,6 +265,7 @@ struct HopperBackward::State {
 
   PassParams pass_params() const;
   void run_units(const std::vector<BackwardUnit>& units, std::size_t at) const;
+  void give_others(const AttendBackwardArgs& given);
 
   AttendBackwardArgs args;
   cudaStream_t stream;
@@ -275,6 +277,7 @@ struct HopperBackward::State {
   int64_t padded;
   Scratch lse, delta, sums;
   std::unique_ptr<Scratch> split_dk, split_dv;
+  bool others_given = false;
 };
 
 PassParams HopperBackward::State::pass_params() const {
@@ -362,15 +365,30 @@ std::unique_ptr<HopperBackward> HopperBackward::begin(const AttendBackwardArgs& 
   return std::unique_ptr<HopperBackward>(new HopperBackward(std::move(state)));
 }
 
+void HopperBackward::State::give_others(const AttendBackwardArgs& given) {
+  args.k = given.k;
+  args.v = given.v;
+  if (others_given) return;
+  others_given = true;
+  const auto scope = span_of(args, "backward", stream);
+  run_units(pack->work.others, pack->others_at);
+}
+
+bool HopperBackward::others(const AttendBackwardArgs& args) {
+  if (state_->pack->work.rest.empty() || state_->split_dk != nullptr) return false;
+  DeviceGuard guard(args.q.device.index);
+  state_->give_others(args);
+  return true;
+}
+
 void HopperBackward::finish(const AttendBackwardArgs& given) {
   State& state = *state_;
   const AttendBackwardArgs& args = state.args;
   DeviceGuard guard(args.q.device.index);
-  state.args.k = given.k;
-  state.args.v = given.v;
-  {
-    const auto scope = span_of(args, "backward", state.stream);
-    state.run_units(state.pack->work.late, state.pack->late_at);
+  state.give_others(given);
+  if (!state.pack->work.rest.empty()) {
+    const auto scope = span_of(args, "backward, rest", state.stream);
+    state.run_units(state.pack->work.rest, state.pack->rest_at);
   }
   {
     const auto scope = span_of(args, "backward, after", state.stream);

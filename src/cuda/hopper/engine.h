@@ -14,9 +14,10 @@ std::string unavailable(int device);
 /// call is not one for them: nothing has been done then.
 bool forward(const AttendArgs& args, void* stream, std::string& why);
 
-/// A backward by the library's tensor-core kernels for Hopper GPUs, in two parts: begin gives what
-/// needs no K and V but the rank's own, finish the rest. dK and dV are summed in float32 registers
-/// and dQ in float32 memory, in an order that changes from call to call; each is rounded once.
+/// A backward by the library's tensor-core kernels for Hopper GPUs, in parts: begin gives what
+/// needs no K and V but the rank's own, others what other ranks wait for, finish the rest. dK and
+/// dV are summed in float32 registers and dQ in float32 memory, in an order that changes from call
+/// to call; each is rounded once.
 class HopperBackward {
  public:
   /// Null, and says why, when this call is not one for these kernels: nothing has been done then.
@@ -27,6 +28,9 @@ class HopperBackward {
   HopperBackward(const HopperBackward&) = delete;
   HopperBackward& operator=(const HopperBackward&) = delete;
 
+  /// With K and V gathered: makes dk and dv complete for all rows but the rank's own, unless that
+  /// is not worth a launch of its own: false, and finish does it.
+  bool others(const AttendBackwardArgs& args);
   void finish(const AttendBackwardArgs& args);
 
  private:

@@ -23,40 +23,46 @@ std::int32_t narrow(int64_t value) {
   return static_cast<std::int32_t>(value);
 }
 
+/// Whose a key is: another rank's, or of one of this rank's chunks.
+enum class Owner : std::uint8_t { kOther, kEarlyChunk, kLateChunk };
+
 /// Keys [begin, end) of a document that stand one after another.
 struct Keys {
   int64_t begin, end;
   int64_t row;     // of k and v
   int64_t dk_row;  // of dk and dv
-  bool own;
+  Owner owner;
 };
 
 /// Cuts a range of gathered keys where the rank's own rows begin and end.
 std::vector<Keys> cut(const KeyRange& range, const Span& span, bool own_rows) {
-  std::vector<Keys> parts{{range.begin, range.end, range.row, range.row, false}};
+  std::vector<Keys> parts{{range.begin, range.end, range.row, range.row, Owner::kOther}};
   if (!own_rows) return parts;
   const int64_t chunks[][3] = {
       {span.early_position, span.early_position + span.q_early, span.q_begin},
       {span.late_position, span.late_position + span.q_count - span.q_early,
        span.q_begin + span.q_early}};
-  for (const auto& [begin, end, row] : chunks) {
+  for (int chunk = 0; chunk < 2; ++chunk) {
+    const auto& [begin, end, row] = chunks[chunk];
     if (end - begin < kOwnChunk) continue;
     std::vector<Keys> next;
     for (const Keys& part : parts) {
       const int64_t from = std::max(begin, part.begin);
       const int64_t to = std::min(end, part.end);
-      if (part.own || from >= to) {
+      if (part.owner != Owner::kOther || from >= to) {
         next.push_back(part);
         continue;
       }
-      const auto shifted = [&](int64_t first, int64_t last, bool own) {
+      const auto add = [&](int64_t first, int64_t last, Owner owner) {
         if (first >= last) return;
         const int64_t gathered = range.row + first - range.begin;
-        next.push_back({first, last, own ? row + first - begin : gathered, gathered, own});
+        // Only what starts before the gather has ended reads the rank's own tensors.
+        const bool early = owner == Owner::kLateChunk;
+        next.push_back({first, last, early ? row + first - begin : gathered, gathered, owner});
       };
-      shifted(part.begin, from, false);
-      shifted(from, to, true);
-      shifted(to, part.end, false);
+      add(part.begin, from, Owner::kOther);
+      add(from, to, chunk == 0 ? Owner::kEarlyChunk : Owner::kLateChunk);
+      add(to, part.end, Owner::kOther);
     }
     parts = std::move(next);
   }
@@ -197,7 +203,7 @@ BackwardWork make_backward_work(const AttendArgs& args, bool own_rows, int proce
   const int64_t kv_heads = args.k.shape[1];
   const int64_t group = args.q.shape[1] / kv_heads;
   std::vector<BackwardUnit> blocks;
-  std::vector<char> own;
+  std::vector<Owner> owners;
   for (const KeyRange& range : args.plan->gathered_ranges(args.rank, args.mask)) {
     if (range.begin == range.end) continue;
     const std::size_t index = span_of.at(range.document);
@@ -213,7 +219,7 @@ BackwardWork make_backward_work(const AttendArgs& args, bool own_rows, int proce
         set_tiles(unit, span, reach);
         unit.heads = 1;
         blocks.push_back(unit);
-        own.push_back(keys.own ? 1 : 0);
+        owners.push_back(keys.owner);
       }
     }
   }
@@ -226,10 +232,13 @@ BackwardWork make_backward_work(const AttendArgs& args, bool own_rows, int proce
       unit.head = narrow(head * heads);
       unit.heads = narrow(heads);
       unit.split = narrow(head % work.splits);
-      (own[i] != 0 ? work.early : work.late).push_back(unit);
+      (owners[i] == Owner::kOther       ? work.others
+       : owners[i] == Owner::kLateChunk ? work.early
+                                        : work.rest)
+          .push_back(unit);
     }
   }
-  for (std::vector<BackwardUnit>* units : {&work.early, &work.late}) {
+  for (std::vector<BackwardUnit>* units : {&work.early, &work.others, &work.rest}) {
     std::stable_sort(
         units->begin(), units->end(),
         [](const BackwardUnit& a, const BackwardUnit& b) { return weight(a) > weight(b); });

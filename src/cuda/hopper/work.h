@@ -38,13 +38,18 @@ ForwardWork make_forward_work(const AttendArgs& args);
 /// A backward as blocks of keys, heaviest first.
 struct BackwardWork {
   Spans spans;
-  std::vector<BackwardUnit> early;  // keys that are the rank's own rows, where `own_rows` asks
-  std::vector<BackwardUnit> late;   // the others
-  int splits = 1;                   // sums of dk and dv that are to be added up
+  // Keys of the rank's own late chunks, where `own_rows` asks: work for the time of the gather.
+  std::vector<BackwardUnit> early;
+  // Keys of other ranks, and those of short chunks.
+  std::vector<BackwardUnit> others;
+  // Keys of the rank's own early chunks: work while others fetch their gradients.
+  std::vector<BackwardUnit> rest;
+  int splits = 1;  // sums of dk and dv that are to be added up
 };
 
-/// `own_rows`: keys that the rank itself holds become early units, whose k_row counts rows of the
-/// shard. `processors`: multiprocessors of the GPU, over which units are balanced.
+/// `own_rows`: keys that the rank itself holds become early units and the rest; k_row counts rows
+/// of the shard in the early ones. `processors`: multiprocessors of the GPU, over which units are
+/// balanced.
 BackwardWork make_backward_work(const AttendArgs& args, bool own_rows, int processors);
 
 }  // namespace zigzag::cuda::hopper
