@@ -227,8 +227,9 @@ void run_backward(const Problem& problem, std::vector<RowGroup>& groups,
     groups[i].previous = is_new ? -1 : entry->second;
     entry->second = i;
   }
+  const std::vector<std::int64_t> begins = batches(groups);
   Turns turns(groups);
-  parallel_for(std::ssize(groups), [&](std::int64_t i) {
+  const auto run = [&](std::int64_t i) {
     // Whatever happens, the tasks that wait for this one go on.
     struct Release {
       Turns& turns;
@@ -239,6 +240,10 @@ void run_backward(const Problem& problem, std::vector<RowGroup>& groups,
         thread_scratch(kernels.backward_scratch(problem.head_dim, groups[i].width));
     const BackwardTask task{&groups[i], i, sums.at(groups[i].unit), &turns};
     kernels.backward(problem, task, scratch);
+  };
+  // Threads claim batches in order and run them in order: so a task may wait for an earlier one.
+  parallel_for(std::ssize(begins) - 1, [&](std::int64_t batch) {
+    for (std::int64_t i = begins[batch]; i < begins[batch + 1]; ++i) run(i);
   });
 }
 
