@@ -14,8 +14,11 @@
 namespace zigzag::cpu {
 namespace {
 
-// Float32 sums held at a time, unless one document and KV head needs more.
-constexpr std::int64_t kSumBytes = std::int64_t{40} << 20;
+// Float32 sums held at a time, unless one document and KV head needs more: so many times what the
+// largest needs, and in any case the fewest, which a cache keeps until they are rounded.
+constexpr std::int64_t kUnitsHeld = 64;
+constexpr std::int64_t kFewestSumBytes = std::int64_t{4} << 20;
+constexpr std::int64_t kMostSumBytes = std::int64_t{40} << 20;
 // Rows that one task rounds.
 constexpr std::int64_t kRoundRows = 512;
 
@@ -138,21 +141,31 @@ struct Wave {
 };
 
 std::vector<Wave> waves_of(const Problem& problem, const Slots& slots) {
-  std::vector<Wave> waves;
-  std::unordered_map<std::int64_t, std::size_t> wave_of_unit;
-  for (const SlotPiece& piece : slots.pieces()) {
-    const std::int64_t document = piece.group.item->document;
+  const auto floats_of = [&](std::int64_t document) {
     std::int64_t floats = 0;
     for (const std::size_t slot : slots.of_document(document)) {
       const VisibleKeys& keys = slots.slots()[slot].keys;
       floats += 2 * (keys.end - keys.first) * problem.head_dim;
     }
+    return floats;
+  };
+  std::int64_t largest = 0;
+  for (const SlotPiece& piece : slots.pieces()) {
+    largest = std::max(largest, floats_of(piece.group.item->document));
+  }
+  constexpr std::int64_t kFloat = sizeof(float);
+  const std::int64_t most =
+      std::clamp(kUnitsHeld * largest, kFewestSumBytes / kFloat, kMostSumBytes / kFloat);
+  std::vector<Wave> waves;
+  std::unordered_map<std::int64_t, std::size_t> wave_of_unit;
+  for (const SlotPiece& piece : slots.pieces()) {
+    const std::int64_t document = piece.group.item->document;
+    const std::int64_t floats = floats_of(document);
     for (std::int64_t head = 0; head < problem.kv_heads; ++head) {
       const auto [entry, is_new] =
           wave_of_unit.try_emplace(document * problem.kv_heads + head, waves.size());
       if (is_new) {
-        if (waves.empty() ||
-            (waves.back().floats + floats) * std::int64_t{sizeof(float)} > kSumBytes) {
+        if (waves.empty() || waves.back().floats + floats > most) {
           waves.emplace_back();
         }
         entry->second = waves.size() - 1;
