@@ -16,6 +16,7 @@
 #include "cpu/kernel.h"
 #include "cpu/matmul-inl.h"
 #include "cpu/panel.h"
+#include "cpu/prefetch.h"
 #include "cpu/rows-inl.h"
 
 HWY_BEFORE_NAMESPACE();
