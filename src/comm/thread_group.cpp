@@ -1,6 +1,8 @@
 #include "comm/thread_group.h"
 
 #include <algorithm>
+#include <chrono>
+#include <thread>
 #include <utility>
 
 #include <fmt/format.h>
@@ -19,6 +21,17 @@ std::string sentence_or_short(const Make& make) noexcept {
     return make();
   } catch (...) {
     return "out of memory";
+  }
+}
+
+// Waits a little for a number to change: ranks that come to a meeting one after another are not
+// put to sleep, which costs more than all else that a meeting does.
+void await_change(const std::atomic<std::uint64_t>& number, std::uint64_t before) {
+  constexpr std::chrono::microseconds kLongest(50);
+  const auto end = std::chrono::steady_clock::now() + kLongest;
+  while (number.load(std::memory_order_relaxed) == before &&
+         std::chrono::steady_clock::now() < end) {
+    std::this_thread::yield();
   }
 }
 
@@ -89,6 +102,9 @@ void ThreadGroup::meet(int rank, const Offer& offer) {
     return;
   }
   check_left(offer);
+  lock.unlock();
+  await_change(meetings_, meeting);
+  lock.lock();
   const Deadline deadline(timeout_);
   const auto over = [&] { return meetings_ != meeting || failure_.has_value(); };
   if (!met_.wait_until(lock, deadline.end(), over)) {
@@ -112,6 +128,11 @@ bool ThreadGroup::part_together(int rank) noexcept {
     lock.unlock();
     parted_.notify_all();
     return well;
+  }
+  if (offers_[static_cast<std::size_t>(rank)].kind != Offer::Kind::kLoan) {
+    lock.unlock();
+    await_change(partings_, parting);
+    lock.lock();
   }
   parted_.wait(lock, [&] { return partings_ != parting; });
   return parted_well_;

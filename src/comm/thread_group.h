@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -70,8 +71,8 @@ class ThreadGroup {
   std::vector<char> here_;     // by rank: has come to the meeting under way
   std::vector<char> reading_;  // by rank: between meet() and part()
   std::vector<char> left_;
-  std::uint64_t meetings_ = 0;
-  std::uint64_t partings_ = 0;
+  std::atomic<std::uint64_t> meetings_ = 0;  // changed with the mutex held
+  std::atomic<std::uint64_t> partings_ = 0;  // likewise
   int arrived_ = 0;
   int readers_ = 0;
   bool parted_well_ = true;  // the last time

@@ -94,9 +94,11 @@ inline HWY_ATTR void add_outer(const float* factors, std::int64_t width, const f
 /// Products of a panel's lanes and a block's rows: to(key, lane) = rows(key) . lanes(lane).
 template <int kVectors>
 HWY_INLINE void multiply_rows(const float* rows, std::int64_t stride, const float* lanes,
-                              std::int64_t head_dim, const BlockRange& range, float* to) {
+                              std::int64_t head_dim, const BlockRange& range, Prefetcher& ahead,
+                              float* to) {
   constexpr int kWidth = kVectors * kVectorLanes;
   for (int key = range.begin; key < range.end; key += kTileRows) {
+    ahead.step();
     Tile<kVectors> tile;
     set_zero(tile);
     multiply<false>(rows + key * stride, stride, lanes, kWidth, head_dim, tile);
@@ -145,7 +147,7 @@ HWY_ATTR void differentiate(const Problem& problem, const PanelMask& mask, const
 template <int kVectors>
 HWY_ATTR void backward_block(const Problem& problem, const RowGroup& group, const Panel& panel,
                              const KeyBlock& block, const BlockRange& range, bool finite_k,
-                             bool finite_rows, const BackwardScratch& scratch) {
+                             bool finite_rows, Prefetcher& ahead, const BackwardScratch& scratch) {
   constexpr int kWidth = kVectors * kVectorLanes;
   const std::int64_t head_dim = problem.head_dim;
   const std::int64_t stride = scratch.stride;
@@ -155,8 +157,8 @@ HWY_ATTR void backward_block(const Problem& problem, const RowGroup& group, cons
   PanelMask mask;
   if (!range.full() || !finite_k || !finite_rows) mask.set(problem, group, panel, block);
 
-  multiply_rows<kVectors>(scratch.k, stride, q, head_dim, range, scratch.weights);
-  multiply_rows<kVectors>(scratch.v, stride, dout, head_dim, range, scratch.dscores);
+  multiply_rows<kVectors>(scratch.k, stride, q, head_dim, range, ahead, scratch.weights);
+  multiply_rows<kVectors>(scratch.v, stride, dout, head_dim, range, ahead, scratch.dscores);
   if (problem.cap == 0 && range.full()) {
     differentiate<true>(problem, mask, panel, range, scratch);
   } else {
@@ -202,15 +204,18 @@ inline HWY_ATTR bool start_backward(const Problem& problem, const RowGroup& grou
   const Floats d;
   float* q_rows = scratch.q_rows + panel.offset * stride;
   float* dout_rows = scratch.dout_rows + panel.offset * stride;
-  bool finite = load_lanes(problem, problem.q, group, panel, stride, q_rows);
-  finite &= load_lanes(problem, problem.dout, group, panel, stride, dout_rows);
-  load_lanes(problem, problem.out, group, panel, stride, scratch.rows);
+  bool finite = load_lanes(problem, problem.q, group, panel, stride,
+                           {problem, problem.dout, group, panel.lane_begin}, q_rows);
+  finite &= load_lanes(problem, problem.dout, group, panel, stride,
+                       {problem, problem.out, group, panel.lane_begin}, dout_rows);
+  load_lanes(problem, problem.out, group, panel, stride,
+             {problem, problem.q, group, panel.lane_begin + panel.lanes}, scratch.rows);
   transpose(q_rows, stride, panel.width, head_dim, scratch.q + head_dim * panel.offset,
             panel.width);
   sign_lanes(problem, head_dim * panel.width, scratch.q + head_dim * panel.offset);
   transpose(dout_rows, stride, panel.width, head_dim, scratch.dout + head_dim * panel.offset,
             panel.width);
-  LaneCursor lse_rows(problem, problem.lse, group, panel);
+  LaneCursor lse_rows(problem, problem.lse, group, panel.lane_begin);
   for (int l = 0; l < panel.width; ++l) {
     FloatVec sum = hn::Zero(d);
     for (std::int64_t c = 0; c < scratch.columns; c += kVectorLanes) {
@@ -262,11 +267,13 @@ inline HWY_ATTR void backward_group(const Problem& problem, const BackwardTask& 
   const RowGroup& group = *task.group;
   const BackwardScratch scratch(memory, problem.head_dim, group.width);
   bool finite_rows = true;
+  const std::int64_t parts = panel_count(group, kPanelLanes);
+  Prefetcher first(problem, group, first_block(group.keys, kBlockKeys), parts);
   for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
+    first.step();
     finite_rows &= start_backward(problem, group, panel, scratch);
   });
   const std::int64_t end = group.keys.end;
-  const std::int64_t parts = panel_count(group, kPanelLanes);
   for (KeyBlock block = first_block(group.keys, kBlockKeys); block.begin < end;
        block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kTileKeys);
@@ -278,23 +285,24 @@ inline HWY_ATTR void backward_group(const Problem& problem, const BackwardTask& 
     }
     std::fill(scratch.dk + all.begin * scratch.stride, scratch.dk + all.end * scratch.stride, 0.0f);
     std::fill(scratch.dv + all.begin * scratch.stride, scratch.dv + all.end * scratch.stride, 0.0f);
-    Prefetcher ahead(problem, group, {block.end(), block.keys}, parts, &task.sums, block);
+    Prefetcher ahead(problem, group, {block.end(), block.keys},
+                     parts * (all.end - all.begin) / kTileKeys, &task.sums, block);
     for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
-      ahead.step();
       const BlockRange range = block_range(panel.first, panel.last, block, kTileKeys);
       if (range.empty()) return;
       switch (panel.width / kVectorLanes) {
         case 1:
           return backward_block<1>(problem, group, panel, block, range, finite_k, finite_rows,
-                                   scratch);
+                                   ahead, scratch);
         case 2:
           return backward_block<2>(problem, group, panel, block, range, finite_k, finite_rows,
-                                   scratch);
+                                   ahead, scratch);
         default:
           return backward_block<3>(problem, group, panel, block, range, finite_k, finite_rows,
-                                   scratch);
+                                   ahead, scratch);
       }
     });
+    ahead.finish();
     task.turns->wait(task.index, block);
     add_gradients(problem, group, block, task.sums, scratch);
     task.turns->done(task.index, block.end());

@@ -14,8 +14,11 @@
 namespace zigzag::cpu {
 namespace {
 
-// Float32 sums held at a time, unless one document and KV head needs more.
-constexpr std::int64_t kSumBytes = std::int64_t{40} << 20;
+// Float32 sums held at a time, unless one document and KV head needs more: so many times what the
+// largest needs, and in any case the fewest, which a cache keeps until they are rounded.
+constexpr std::int64_t kUnitsHeld = 64;
+constexpr std::int64_t kFewestSumBytes = std::int64_t{4} << 20;
+constexpr std::int64_t kMostSumBytes = std::int64_t{40} << 20;
 // Rows that one task rounds.
 constexpr std::int64_t kRoundRows = 512;
 
@@ -138,21 +141,31 @@ struct Wave {
 };
 
 std::vector<Wave> waves_of(const Problem& problem, const Slots& slots) {
-  std::vector<Wave> waves;
-  std::unordered_map<std::int64_t, std::size_t> wave_of_unit;
-  for (const SlotPiece& piece : slots.pieces()) {
-    const std::int64_t document = piece.group.item->document;
+  const auto floats_of = [&](std::int64_t document) {
     std::int64_t floats = 0;
     for (const std::size_t slot : slots.of_document(document)) {
       const VisibleKeys& keys = slots.slots()[slot].keys;
       floats += 2 * (keys.end - keys.first) * problem.head_dim;
     }
+    return floats;
+  };
+  std::int64_t largest = 0;
+  for (const SlotPiece& piece : slots.pieces()) {
+    largest = std::max(largest, floats_of(piece.group.item->document));
+  }
+  constexpr std::int64_t kFloat = sizeof(float);
+  const std::int64_t most =
+      std::clamp(kUnitsHeld * largest, kFewestSumBytes / kFloat, kMostSumBytes / kFloat);
+  std::vector<Wave> waves;
+  std::unordered_map<std::int64_t, std::size_t> wave_of_unit;
+  for (const SlotPiece& piece : slots.pieces()) {
+    const std::int64_t document = piece.group.item->document;
+    const std::int64_t floats = floats_of(document);
     for (std::int64_t head = 0; head < problem.kv_heads; ++head) {
       const auto [entry, is_new] =
           wave_of_unit.try_emplace(document * problem.kv_heads + head, waves.size());
       if (is_new) {
-        if (waves.empty() ||
-            (waves.back().floats + floats) * std::int64_t{sizeof(float)} > kSumBytes) {
+        if (waves.empty() || waves.back().floats + floats > most) {
           waves.emplace_back();
         }
         entry->second = waves.size() - 1;
@@ -227,8 +240,9 @@ void run_backward(const Problem& problem, std::vector<RowGroup>& groups,
     groups[i].previous = is_new ? -1 : entry->second;
     entry->second = i;
   }
+  const std::vector<std::int64_t> begins = batches(groups);
   Turns turns(groups);
-  parallel_for(std::ssize(groups), [&](std::int64_t i) {
+  const auto run = [&](std::int64_t i) {
     // Whatever happens, the tasks that wait for this one go on.
     struct Release {
       Turns& turns;
@@ -239,6 +253,10 @@ void run_backward(const Problem& problem, std::vector<RowGroup>& groups,
         thread_scratch(kernels.backward_scratch(problem.head_dim, groups[i].width));
     const BackwardTask task{&groups[i], i, sums.at(groups[i].unit), &turns};
     kernels.backward(problem, task, scratch);
+  };
+  // Threads claim batches in order and run them in order: so a task may wait for an earlier one.
+  parallel_for(std::ssize(begins) - 1, [&](std::int64_t batch) {
+    for (std::int64_t i = begins[batch]; i < begins[batch + 1]; ++i) run(i);
   });
 }
 

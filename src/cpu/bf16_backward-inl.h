@@ -160,7 +160,7 @@ inline void add_outer(const std::uint16_t* factors, int width, const std::uint32
 /// One panel against one block of keys, as backward_block in backward-inl.h.
 inline void backward_block(const Problem& problem, const RowGroup& group, const Panel& panel,
                            const KeyBlock& block, const BlockRange& range, bool finite,
-                           const Bf16BackwardScratch& scratch) {
+                           Prefetcher& ahead, const Bf16BackwardScratch& scratch) {
   const std::int64_t columns = scratch.columns;
   const int width = panel.width;
   const std::int64_t at = columns / 2 * panel.offset;
@@ -172,6 +172,7 @@ inline void backward_block(const Problem& problem, const RowGroup& group, const 
   const int tiles =
       (range.end - range.begin) / kUnit * ((width + kBf16PanelLanes - 1) / kBf16PanelLanes);
   for (int tile = 0; tile < tiles; ++tile) {
+    ahead.step();
     // As many lanes as stay in the nearest cache go through all keys.
     const int rows = (range.end - range.begin) / kUnit;
     const int key = range.begin + tile % rows * kUnit;
@@ -216,15 +217,18 @@ inline bool start_backward(const Problem& problem, const RowGroup& group, const 
   const int width = panel.width;
   std::uint16_t* rows = scratch.rows;
   std::uint16_t* out_rows = scratch.rows + width * columns;
-  const bool finite_q = copy_lanes(problem, problem.q, group, panel, columns, rows);
+  const bool finite_q = copy_lanes(problem, problem.q, group, panel, columns,
+                                   {problem, problem.dout, group, panel.lane_begin}, rows);
   columns_of_rows(rows, columns, width, finite_q, scratch.q_pairs + at);
   sign_rows(problem.score_scale, columns * width, rows);
   lanes_of_rows(rows, columns, width, scratch.q + at);
-  const bool finite_dout = copy_lanes(problem, problem.dout, group, panel, columns, rows);
+  const bool finite_dout = copy_lanes(problem, problem.dout, group, panel, columns,
+                                      {problem, problem.out, group, panel.lane_begin}, rows);
   columns_of_rows(rows, columns, width, finite_dout, scratch.dout_pairs + at);
   lanes_of_rows(rows, columns, width, scratch.dout + at);
-  copy_lanes(problem, problem.out, group, panel, columns, out_rows);
-  LaneCursor lse_rows(problem, problem.lse, group, panel);
+  copy_lanes(problem, problem.out, group, panel, columns,
+             {problem, problem.q, group, panel.lane_begin + panel.lanes}, out_rows);
+  LaneCursor lse_rows(problem, problem.lse, group, panel.lane_begin);
   for (int l = 0; l < width; ++l) {
     __m512 sum = _mm512_setzero_ps();
     for (std::int64_t c = 0; c < columns; c += 16) {
@@ -271,11 +275,13 @@ inline void backward_group(const Problem& problem, const BackwardTask& task, std
   [[maybe_unused]] const Engine engine;
   const FlushSubnormals flush;
   bool finite_rows = true;
+  const std::int64_t parts = panel_count(group, kBackwardLanes);
+  Prefetcher first(problem, group, first_block(group.keys, kBlockKeys), parts);
   for_each_panel(problem, group, backward_width, [&](const Panel& panel) {
+    first.step();
     finite_rows &= start_backward(problem, group, panel, scratch);
   });
   const std::int64_t end = group.keys.end;
-  const std::int64_t parts = panel_count(group, kBackwardLanes);
   for (KeyBlock block = first_block(group.keys, kBlockKeys); block.begin < end;
        block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kUnit);
@@ -287,13 +293,15 @@ inline void backward_group(const Problem& problem, const BackwardTask& task, std
                      scratch.k_columns);
     std::fill_n(scratch.dk, kBlockKeys * columns, 0.0f);
     std::fill_n(scratch.dv, kBlockKeys * columns, 0.0f);
-    Prefetcher ahead(problem, group, {block.end(), block.keys}, parts, &task.sums, block);
+    const std::int64_t tiles =
+        parts * (kBackwardLanes / kBf16PanelLanes) * (all.end - all.begin) / kUnit;
+    Prefetcher ahead(problem, group, {block.end(), block.keys}, tiles, &task.sums, block);
     for_each_panel(problem, group, backward_width, [&](const Panel& panel) {
-      ahead.step();
       const BlockRange range = block_range(panel.first, panel.last, block, kUnit);
       if (range.empty()) return;
-      backward_block(problem, group, panel, block, range, finite_k && finite_rows, scratch);
+      backward_block(problem, group, panel, block, range, finite_k && finite_rows, ahead, scratch);
     });
+    ahead.finish();
     task.turns->wait(task.index, block);
     add_gradients(problem, group, block, task.sums, scratch);
     task.turns->done(task.index, block.end());

@@ -199,7 +199,7 @@ inline void forward_block(const Problem& problem, const RowGroup& group, const P
 inline void finish_forward(const Problem& problem, const RowGroup& group, const Panel& panel,
                            const Bf16ForwardScratch& scratch) {
   float* sums = scratch.sum + panel.offset;
-  LaneCursor lse_rows(problem, problem.lse, group, panel);
+  LaneCursor lse_rows(problem, problem.lse, group, panel.lane_begin);
   for (int l = 0; l < panel.lanes; ++l) {
     constexpr double kLn2 = 0.6931471805599453;
     const double lse = static_cast<double>(scratch.max[panel.offset + l]) * kLn2 +
@@ -216,9 +216,13 @@ inline void forward_group(const Problem& problem, const RowGroup& group, std::by
   const std::int64_t columns = scratch.columns;
   [[maybe_unused]] const Engine engine;
   const FlushSubnormals flush;
+  const std::int64_t parts = panel_count(group, kBf16PanelLanes);
+  Prefetcher first(problem, group, first_block(group.keys, kForwardKeys), parts);
   for_each_panel(problem, group, next_width, [&](const Panel& panel) {
     auto* rows = reinterpret_cast<std::uint16_t*>(scratch.rows);
-    copy_lanes(problem, problem.q, group, panel, columns, rows);
+    first.step();
+    copy_lanes(problem, problem.q, group, panel, columns,
+               {problem, problem.q, group, panel.lane_begin + panel.lanes}, rows);
     sign_rows(problem.score_scale, columns * panel.width, rows);
     lanes_of_rows(rows, columns, panel.width, scratch.q + columns / 2 * panel.offset);
     std::fill_n(scratch.out + columns * panel.offset, columns * panel.width, 0.0f);
@@ -226,7 +230,6 @@ inline void forward_group(const Problem& problem, const RowGroup& group, std::by
     std::fill_n(scratch.sum + panel.offset, panel.width, 0.0f);
   });
   const std::int64_t end = group.keys.end;
-  const std::int64_t parts = panel_count(group, kBf16PanelLanes);
   for (KeyBlock block = first_block(group.keys, kForwardKeys); block.begin < end;
        block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kUnit);
@@ -235,12 +238,14 @@ inline void forward_group(const Problem& problem, const RowGroup& group, std::by
         copy_block(problem.v, group, block, all, problem.head_dim, columns, scratch.block);
     columns_of_block(scratch.block, columns, all, kForwardKeys, !finite, scratch.pairs,
                      scratch.v_columns);
-    Prefetcher ahead(problem, group, {block.end(), block.keys}, parts * kForwardKeys / kUnit);
+    Prefetcher ahead(problem, group, {block.end(), block.keys},
+                     parts * (all.end - all.begin) / kUnit);
     for_each_panel(problem, group, next_width, [&](const Panel& panel) {
       const BlockRange range = block_range(panel.first, panel.last, block, kUnit);
       if (!range.empty())
         forward_block(problem, group, panel, block, range, finite, ahead, scratch);
     });
+    ahead.finish();
   }
   for_each_panel(problem, group, next_width,
                  [&](const Panel& panel) { finish_forward(problem, group, panel, scratch); });

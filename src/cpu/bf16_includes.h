@@ -15,6 +15,7 @@
 
 #include "cpu/kernel.h"
 #include "cpu/panel.h"
+#include "cpu/prefetch.h"
 #include "half.h"
 
 namespace zigzag::cpu {

@@ -195,13 +195,16 @@ inline void columns_of_block(const std::uint16_t* from, std::int64_t columns,
                   });
 }
 
-/// The rows of a panel's lanes, [width, columns] bfloat16. Returns whether all are finite.
+/// The rows of a panel's lanes, [width, columns] bfloat16, while those of `ahead` are called.
+/// Returns whether all are finite.
 inline bool copy_lanes(const Problem& problem, const TensorRows& x, const RowGroup& group,
-                       const Panel& panel, std::int64_t columns, std::uint16_t* to) {
+                       const Panel& panel, std::int64_t columns, LanesAhead ahead,
+                       std::uint16_t* to) {
   bool finite = true;
-  LaneCursor lanes(problem, x, group, panel);
+  LaneCursor lanes(problem, x, group, panel.lane_begin);
   for (int l = 0; l < panel.width; ++l) {
     const std::byte* row = l < panel.lanes ? lanes.at(l) : nullptr;
+    ahead.step();
     finite &= copy_row(row, problem.head_dim, columns, to + l * columns, 32);
   }
   return finite;
@@ -265,7 +268,7 @@ inline void store_panel(const Problem& problem, const TensorRows& x, const RowGr
       }
     }
   }
-  LaneCursor lanes(problem, x, group, panel);
+  LaneCursor lanes(problem, x, group, panel.lane_begin);
   for (int l = 0; l < panel.lanes; ++l) {
     auto* to = reinterpret_cast<std::uint16_t*>(lanes.at(l));
     const __m512 factor = _mm512_set1_ps(scale[l]);

@@ -88,11 +88,15 @@ std::int64_t forward_lanes(const Problem& problem, const std::vector<TaskRows>& 
 
 void run_forward(const Problem& problem, const std::vector<TaskRows>& items) {
   const KernelSet& kernels = kernels_of(selected_target(), problem.q.dtype);
-  const std::vector<RowGroup> groups =
+  std::vector<RowGroup> groups =
       row_groups(problem, items, forward_lanes(problem, items, kernels), kernels.panel_lanes);
-  parallel_for(std::ssize(groups), [&](std::int64_t i) {
-    std::byte* scratch = thread_scratch(kernels.forward_scratch(problem.head_dim, groups[i].width));
-    kernels.forward(problem, groups[i], scratch);
+  const std::vector<std::int64_t> begins = batches(groups);
+  parallel_for(std::ssize(begins) - 1, [&](std::int64_t batch) {
+    for (std::int64_t i = begins[batch]; i < begins[batch + 1]; ++i) {
+      const RowGroup& group = groups[i];
+      std::byte* scratch = thread_scratch(kernels.forward_scratch(problem.head_dim, group.width));
+      kernels.forward(problem, group, scratch);
+    }
   });
 }
 

@@ -96,10 +96,11 @@ HWY_ATTR void adjust_scores(const Problem& problem, const PanelMask& mask, int k
 /// Scores of a panel and a block, still to be multiplied by log2_factor; their largest a lane.
 template <int kVectors>
 HWY_INLINE void score_block(const Problem& problem, const PanelMask& mask, const BlockRange& range,
-                            const float* q, const ForwardScratch& scratch,
+                            const float* q, Prefetcher& ahead, const ForwardScratch& scratch,
                             FloatVec (&largest)[kVectors]) {
   constexpr int kWidth = kVectors * kVectorLanes;
   for (int key = range.begin; key < range.end; key += kTileRows) {
+    ahead.step();
     Tile<kVectors> tile;
     set_zero(tile);
     multiply<false>(scratch.k + key * scratch.stride, scratch.stride, q, kWidth, problem.head_dim,
@@ -123,7 +124,7 @@ HWY_INLINE void score_block(const Problem& problem, const PanelMask& mask, const
 template <int kVectors>
 HWY_ATTR void forward_block(const Problem& problem, const RowGroup& group, const Panel& panel,
                             const KeyBlock& block, const BlockRange& range, bool finite,
-                            const ForwardScratch& scratch) {
+                            Prefetcher& ahead, const ForwardScratch& scratch) {
   const Floats d;
   constexpr int kWidth = kVectors * kVectorLanes;
   const float* q = scratch.q + problem.head_dim * panel.offset;
@@ -136,7 +137,7 @@ HWY_ATTR void forward_block(const Problem& problem, const RowGroup& group, const
   for (int v = 0; v < kVectors; ++v) {
     largest[v] = hn::Set(d, -std::numeric_limits<float>::infinity());
   }
-  score_block<kVectors>(problem, mask, range, q, scratch, largest);
+  score_block<kVectors>(problem, mask, range, q, ahead, scratch, largest);
 
   FloatVec factor[kVectors];
   for (int v = 0; v < kVectors; ++v) {
@@ -189,7 +190,7 @@ inline HWY_ATTR void finish_forward(const Problem& problem, const RowGroup& grou
                                     const Panel& panel, const ForwardScratch& scratch) {
   const float* out = scratch.out + scratch.columns * panel.offset;
   transpose(out, panel.width, problem.head_dim, panel.width, scratch.rows, scratch.stride);
-  LaneCursor lse_rows(problem, problem.lse, group, panel);
+  LaneCursor lse_rows(problem, problem.lse, group, panel.lane_begin);
   for (int l = 0; l < panel.lanes; ++l) {
     const float sum = scratch.sum[panel.offset + l];
     const float scale = sum == 0 ? 0 : 1 / sum;
@@ -207,8 +208,12 @@ inline HWY_ATTR void finish_forward(const Problem& problem, const RowGroup& grou
 inline HWY_ATTR void forward_group(const Problem& problem, const RowGroup& group,
                                    std::byte* memory) {
   const ForwardScratch scratch(memory, problem.head_dim, group.width);
+  const std::int64_t parts = panel_count(group, kPanelLanes);
+  Prefetcher first(problem, group, first_block(group.keys, kBlockKeys), parts);
   for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
-    load_lanes(problem, problem.q, group, panel, scratch.stride, scratch.rows);
+    first.step();
+    load_lanes(problem, problem.q, group, panel, scratch.stride,
+               {problem, problem.q, group, panel.lane_begin + panel.lanes}, scratch.rows);
     transpose(scratch.rows, scratch.stride, panel.width, problem.head_dim,
               scratch.q + problem.head_dim * panel.offset, panel.width);
     sign_lanes(problem, problem.head_dim * panel.width,
@@ -219,7 +224,6 @@ inline HWY_ATTR void forward_group(const Problem& problem, const RowGroup& group
     std::fill_n(scratch.sum + panel.offset, panel.width, 0.0f);
   });
   const std::int64_t end = group.keys.end;
-  const std::int64_t parts = panel_count(group, kPanelLanes);
   for (KeyBlock block = first_block(group.keys, kBlockKeys); block.begin < end;
        block.begin += block.keys) {
     const BlockRange all = block_range(group.keys, group.keys, block, kTileKeys);
@@ -229,20 +233,21 @@ inline HWY_ATTR void forward_group(const Problem& problem, const RowGroup& group
     if (!finite) {
       clean_block(scratch.v, scratch.stride, all, scratch.columns, scratch.v_clean);
     }
-    Prefetcher ahead(problem, group, {block.end(), block.keys}, parts);
+    Prefetcher ahead(problem, group, {block.end(), block.keys},
+                     parts * (all.end - all.begin) / kTileKeys);
     for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
-      ahead.step();
       const BlockRange range = block_range(panel.first, panel.last, block, kTileKeys);
       if (range.empty()) return;
       switch (panel.width / kVectorLanes) {
         case 1:
-          return forward_block<1>(problem, group, panel, block, range, finite, scratch);
+          return forward_block<1>(problem, group, panel, block, range, finite, ahead, scratch);
         case 2:
-          return forward_block<2>(problem, group, panel, block, range, finite, scratch);
+          return forward_block<2>(problem, group, panel, block, range, finite, ahead, scratch);
         default:
-          return forward_block<3>(problem, group, panel, block, range, finite, scratch);
+          return forward_block<3>(problem, group, panel, block, range, finite, ahead, scratch);
       }
     });
+    ahead.finish();
   }
   for_each_panel(problem, group, next_width, [&](const Panel& panel) HWY_ATTR {
     finish_forward(problem, group, panel, scratch);

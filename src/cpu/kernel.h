@@ -84,13 +84,18 @@ struct RowGroup {
   std::int64_t kv_head = 0;
   std::int64_t lane_begin = 0;
   std::int64_t lane_end = 0;
-  std::int64_t width = 0;      // lanes to make room for: panels end at the jump
-  VisibleKeys keys;            // that any of the lanes sees
-  VisibleKeys fresh;           // of these, keys that no task of the unit before it sees
-  double cost = 0;             // visible pairs
-  std::int64_t unit = 0;       // backward: which gradients of a document and KV head it adds to
-  std::int64_t previous = -1;  // backward: the task of the unit that adds before this one
+  std::int64_t width = 0;          // lanes to make room for: panels end at the jump
+  VisibleKeys keys;                // that any of the lanes sees
+  VisibleKeys fresh;               // of these, keys that no task of the unit before it sees
+  double cost = 0;                 // visible pairs
+  std::int64_t unit = 0;           // backward: which gradients of a document and KV head it adds to
+  std::int64_t previous = -1;      // backward: the task of the unit that adds before this one
+  const RowGroup* next = nullptr;  // the task that the thread begins after this one, where known
 };
+
+/// Cuts tasks into batches of little work that one thread runs in order, and sets what comes next
+/// in them: the first task of each batch, and the number of tasks.
+std::vector<std::int64_t> batches(std::vector<RowGroup>& groups);
 
 /// The keys that one lane of an item sees; first == end when none.
 VisibleKeys visible_keys(const Problem& problem, const TaskRows& item, std::int64_t lane);

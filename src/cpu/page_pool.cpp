@@ -13,8 +13,8 @@ namespace zigzag::cpu {
 namespace {
 
 constexpr std::int64_t kMostKept = std::int64_t{256} << 20;
-// Smaller blocks are cheap to get from malloc.
-constexpr std::int64_t kSmallest = std::int64_t{1} << 20;
+// malloc keeps smaller blocks for itself; larger ones are new pages, each a fault.
+constexpr std::int64_t kSmallest = std::int64_t{128} << 10;
 
 // Blocks that nobody uses, by size.
 struct Pool {
@@ -36,7 +36,7 @@ std::int64_t rounded(std::int64_t bytes) {
   return (bytes + step - 1) / step * step;
 }
 
-void give_back(void* memory, std::int64_t bytes) {
+void give_back(void* memory, std::int64_t bytes) noexcept {
   Pool& kept = pool();
   const std::lock_guard<std::mutex> lock(kept.mutex);
   if (bytes > kMostKept) return std::free(memory);
@@ -47,8 +47,12 @@ void give_back(void* memory, std::int64_t bytes) {
     kept.bytes -= largest->first;
     kept.blocks.erase(largest);
   }
-  kept.blocks.emplace(bytes, memory);
-  kept.bytes += bytes;
+  try {
+    kept.blocks.emplace(bytes, memory);
+    kept.bytes += bytes;
+  } catch (const std::bad_alloc&) {
+    std::free(memory);
+  }
 }
 
 }  // namespace

@@ -16,6 +16,7 @@
 #include "cpu/kernel.h"
 #include "cpu/matmul-inl.h"
 #include "cpu/panel.h"
+#include "cpu/prefetch.h"
 #include "cpu/rows-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -65,15 +66,17 @@ inline void clean_block(const float* from, std::int64_t stride, const BlockRange
   }
 }
 
-/// The rows of a panel's lanes as float32 at `stride`; rows of empty lanes are 0. Returns whether
-/// all are finite.
+/// The rows of a panel's lanes as float32 at `stride`, while those of `ahead` are called; rows of
+/// empty lanes are 0. Returns whether all are finite.
 inline HWY_ATTR bool load_lanes(const Problem& problem, const TensorRows& x, const RowGroup& group,
-                                const Panel& panel, std::int64_t stride, float* to) {
+                                const Panel& panel, std::int64_t stride, LanesAhead ahead,
+                                float* to) {
   const std::int64_t columns = padded_columns(problem.head_dim);
   bool finite = true;
-  LaneCursor lanes(problem, x, group, panel);
+  LaneCursor lanes(problem, x, group, panel.lane_begin);
   for (int l = 0; l < panel.width; ++l) {
     float* at = to + l * stride;
+    ahead.step();
     if (l >= panel.lanes) {
       std::fill(at, at + columns, 0.0f);
     } else {
@@ -86,7 +89,7 @@ inline HWY_ATTR bool load_lanes(const Problem& problem, const TensorRows& x, con
 /// Writes a panel's rows to the tensor.
 inline HWY_ATTR void store_lanes(const Problem& problem, const TensorRows& x, const RowGroup& group,
                                  const Panel& panel, std::int64_t stride, const float* from) {
-  LaneCursor lanes(problem, x, group, panel);
+  LaneCursor lanes(problem, x, group, panel.lane_begin);
   for (int l = 0; l < panel.lanes; ++l) {
     store_row(x.dtype, from + l * stride, problem.head_dim, lanes.at(l));
   }

@@ -143,13 +143,14 @@ class RowCursor {
   LentRows piece_;
 };
 
-/// Finds the rows of a panel's lanes in a tensor like q, [tokens, heads, ...].
+/// Finds the rows of lanes from `lane_begin` in a tensor like q, [tokens, heads, ...].
 class LaneCursor {
  public:
-  LaneCursor(const Problem& problem, const TensorRows& x, const RowGroup& group, const Panel& panel)
+  LaneCursor(const Problem& problem, const TensorRows& x, const RowGroup& group,
+             std::int64_t lane_begin)
       : rows_(x),
         item_(*group.item),
-        first_lane_(panel.lane_begin),
+        first_lane_(lane_begin),
         group_(problem.group),
         first_head_(group.kv_head * problem.group) {}
   std::byte* at(int l) {
@@ -202,57 +203,6 @@ class KeyCursor {
 inline std::int64_t panel_count(const RowGroup& group, std::int64_t lanes) {
   return (group.lane_end - group.lane_begin + lanes - 1) / lanes;
 }
-
-/// Calls what the next block needs towards the cache, a few rows a step: a core has few lines on
-/// their way at a time, and waits when it asks for more.
-class Prefetcher {
- public:
-  /// Spreads the keys of `block` over `steps` steps. With `sums`, the sums of `summed` too.
-  Prefetcher(const Problem& problem, const RowGroup& group, const KeyBlock& block,
-             std::int64_t steps, const GradientSums* sums = nullptr, const KeyBlock& summed = {})
-      : k_(problem.k, group, block),
-        v_(problem.v, group, block),
-        row_bytes_(problem.k.row_bytes),
-        end_(std::clamp<std::int64_t>(group.keys.end - block.begin, 0, block.keys)),
-        a_step_((block.keys + steps - 1) / steps),
-        head_dim_(problem.head_dim) {
-    if (sums == nullptr) return;
-    sums_ = *sums;
-    const std::int64_t first_row = group.item->k_begin - group.item->k_position - sums_.first_row;
-    sum_row_ = first_row + std::max(group.keys.first, summed.begin);
-    sum_end_ = first_row + std::min(group.keys.end, summed.end());
-  }
-
-  void step() {
-    for (std::int64_t i = 0; i < a_step_ && key_ < end_; ++i, ++key_) {
-      for (KeyCursor* keys : {&k_, &v_}) {
-        const std::byte* row = keys->row(static_cast<int>(key_));
-        if (row == nullptr) continue;
-        for (std::int64_t byte = 0; byte < row_bytes_; byte += 64) {
-          __builtin_prefetch(row + byte, 0, 2);
-        }
-      }
-    }
-    for (std::int64_t i = 0; i < a_step_ && sum_row_ < sum_end_; ++i, ++sum_row_) {
-      for (std::int64_t c = 0; c < head_dim_; c += 16) {
-        __builtin_prefetch(sums_.dk + sum_row_ * sums_.stride_k + c, 1, 2);
-        __builtin_prefetch(sums_.dv + sum_row_ * sums_.stride_v + c, 1, 2);
-      }
-    }
-  }
-
- private:
-  KeyCursor k_;
-  KeyCursor v_;
-  std::int64_t row_bytes_;
-  std::int64_t key_ = 0;
-  std::int64_t end_;
-  std::int64_t a_step_;
-  std::int64_t head_dim_;
-  GradientSums sums_;
-  std::int64_t sum_row_ = 0;
-  std::int64_t sum_end_ = 0;
-};
 
 /// Calls use(key, dk, dv, fresh) for the keys of a block that a task's lanes see, counted from the
 /// block's start: where they are summed, and whether nothing is there yet.

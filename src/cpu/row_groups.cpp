@@ -4,6 +4,7 @@
 #include <unordered_map>
 
 #include "cpu/kernel.h"
+#include "zigzag/system.h"
 
 namespace zigzag::cpu {
 namespace {
@@ -146,6 +147,28 @@ std::vector<RowGroup> row_groups(const Problem& problem, const std::vector<TaskR
     }
   }
   return groups;
+}
+
+std::vector<std::int64_t> batches(std::vector<RowGroup>& groups) {
+  // 16 documents of 64 tokens; and every thread gets several batches.
+  constexpr double kMostPairs = 32768;
+  constexpr double kBatchesPerThread = 8;
+  double pairs = 0;
+  for (const RowGroup& group : groups) pairs += group.cost;
+  const double most = std::min(kMostPairs, pairs / (kBatchesPerThread * num_threads()));
+  std::vector<std::int64_t> begins;
+  double sum = 0;
+  for (std::int64_t i = 0; i < std::ssize(groups); ++i) {
+    sum += groups[i].cost;
+    if (i == 0 || sum > most) {
+      begins.push_back(i);
+      sum = groups[i].cost;
+    } else {
+      groups[i - 1].next = &groups[i];
+    }
+  }
+  begins.push_back(std::ssize(groups));
+  return begins;
 }
 
 VisibleKeys see(const VisibleKeys& keys, std::vector<VisibleKeys>& seen) {
