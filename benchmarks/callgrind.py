@@ -66,9 +66,7 @@ def main() -> int:
     built_with = compiler(program)
     if options.update:
         STORED.write_text(
-            json.dumps(
-                {"target": TARGET, "compiler": built_with, "instructions": counts}, indent=2
-            )
+            json.dumps({"target": TARGET, "compiler": built_with, "instructions": counts}, indent=2)
             + "\n"
         )
         print(f"stored in {STORED}: {counts}")

@@ -176,14 +176,15 @@ class Schedule {
       const AttendBackwardArgs args = arguments(stage);
       const comm::Step step{"reduction of dK and dV", stage, stages_};
       const TensorView sources[] = {args.dk, args.dv};
-      const bool in_parts =
-          !alone() && transport_.reduces_in_parts() && backend_->attend_backward_others(args);
-      Pair& sums = others[static_cast<std::size_t>(stage)];
+      const bool in_parts = !alone() && transport_.reduces_in_parts(table_, partial_row_bytes()) &&
+                            backend_->attend_backward_others(args);
+      Pair& fetched = others[static_cast<std::size_t>(stage)];
       if (in_parts) {
-        sums = {local_sums(), local_sums()};
+        const int64_t rows = (transport_.size() - 1) * table_.local_tokens;
+        fetched = {buffer_of(rows, DType::kFloat32), buffer_of(rows, DType::kFloat32)};
         backend_->order(backend_->compute_queue(), backend_->exchange_queue());
-        const TensorView views[] = {sums.k.view, sums.v.view};
-        transport_.reduce_others(sources, views, table_, step, backend_->exchange_queue());
+        const TensorView views[] = {fetched.k.view, fetched.v.view};
+        transport_.fetch_partials(sources, views, table_, step, backend_->exchange_queue());
       }
       backend_->attend_backward(args);
       // Only a slot that no reduction reads can take the next stage's partials at once.
@@ -195,8 +196,8 @@ class Schedule {
       backend_->order(backend_->compute_queue(), backend_->exchange_queue());
       const TensorView destinations[] = {kv_heads(dk, stage), kv_heads(dv, stage)};
       if (in_parts) {
-        const TensorView views[] = {sums.k.view, sums.v.view};
-        transport_.add_own(sources, views, destinations, table_, backend_->exchange_queue());
+        const TensorView views[] = {fetched.k.view, fetched.v.view};
+        transport_.add_up(sources, views, destinations, table_, backend_->exchange_queue());
       } else {
         transport_.reduce(sources, destinations, table_, step, backend_->exchange_queue());
       }
@@ -225,8 +226,9 @@ class Schedule {
     return result;
   }
   Gathered gathered_buffer(DType dtype) { return buffer_of(table_.gathered_tokens, dtype); }
-  /// Float32 sums for a stage's rows of this rank.
-  Gathered local_sums() { return buffer_of(table_.local_tokens, DType::kFloat32); }
+  int64_t partial_row_bytes() const {
+    return problem_.kv_heads_per_stage * problem_.head_dim * item_size(DType::kFloat32);
+  }
 
   TensorView kv_heads(const TensorView& x, int stage) const {
     if (alone()) return x;

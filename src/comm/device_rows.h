@@ -26,11 +26,6 @@ inline std::uint64_t list_key(const ExchangeTable& table, std::uint64_t list) {
 /// Throws DeviceError unless the views are on this GPU.
 void check_device(std::span<const TensorView> views, int device, int rank);
 
-/// Transport::add_own for tensors of a GPU.
-void add_own_rows(std::span<const TensorView> partials, std::span<const TensorView> sums,
-                  std::span<const TensorView> destinations, const ExchangeTable& table, int rank,
-                  Queue queue);
-
 /// `rows` rows shaped like view's at `data`, without gaps.
 TensorView packed_like(const TensorView& view, const void* data, std::int64_t rows);
 

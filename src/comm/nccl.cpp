@@ -26,14 +26,7 @@ namespace {
 
 using cuda::as_stream;
 
-enum List : std::uint64_t {
-  kSendRows = 11,
-  kReceiveRows,
-  kOwnRows,
-  kSendPartials,
-  kSums,
-  kSumsOfOthers
-};
+enum List : std::uint64_t { kSendRows = 11, kReceiveRows, kOwnRows, kSendPartials, kSums };
 
 template <typename Function>
 void load(void* library, const char* name, Function& function) {
@@ -144,44 +137,24 @@ class NcclTransport final : public Transport {
 
   void reduce(std::span<const TensorView> partials, std::span<const TensorView> destinations,
               const ExchangeTable& table, const Step& step, Queue queue) override {
-    reduce_rows(partials, destinations, table, step, queue, true);
-  }
-
-  bool reduces_in_parts() const override { return true; }
-
-  void reduce_others(std::span<const TensorView> partials, std::span<const TensorView> sums,
-                     const ExchangeTable& table, const Step& step, Queue queue) override {
-    reduce_rows(partials, sums, table, step, queue, false);
-  }
-
-  void add_own(std::span<const TensorView> partials, std::span<const TensorView> sums,
-               std::span<const TensorView> destinations, const ExchangeTable& table,
-               Queue queue) override {
-    cuda::DeviceGuard guard(device_);
-    add_own_rows(partials, sums, destinations, table, rank(), queue);
-  }
-
- private:
-  /// `with_own`: this rank's partials are among those that are added.
-  void reduce_rows(std::span<const TensorView> partials, std::span<const TensorView> destinations,
-                   const ExchangeTable& table, const Step& step, Queue queue, bool with_own) {
     check_device(partials, device_, rank());
     check_device(destinations, device_, rank());
     const cudaStream_t stream = as_stream(queue.stream);
     // The rows of a gather the other way: what came from a peer goes back to it.
     const Packing out = pack_list(table.receives, false);
     const Packing in = pack_list(table.sends, true);
-    const cuda::TableKey key{list_key(table, with_own ? kSums : kSumsOfOthers), 0, 32};
+    const cuda::TableKey key{list_key(table, kSums), 0, 32};
     exchange(partials, out, list_key(table, kSendPartials), in, step, stream,
              [&](std::size_t t, void* received) {
                std::vector<const void*> bases(static_cast<std::size_t>(size()), received);
                bases[static_cast<std::size_t>(rank())] = partials[t].data;
                cuda::sum_rows(
                    bases, partials[t].dtype, 1, destinations[t], key,
-                   [&] { return sum_table(table, with_own); }, queue.stream);
+                   [&] { return sum_table(table); }, queue.stream);
              });
   }
 
+ private:
   /// Packs, sends and receives every tensor in one group; then `place` is called for each with the
   /// rows received.
   template <typename Place>
@@ -246,11 +219,10 @@ class NcclTransport final : public Transport {
     return packing;
   }
 
-  cuda::SumTable sum_table(const ExchangeTable& table, bool with_own) const {
+  cuda::SumTable sum_table(const ExchangeTable& table) const {
     std::vector<cuda::SumPart> parts;
     std::int64_t row = 0;
     for (int r = 0; r < size(); ++r) {
-      if (r == rank() && !with_own) continue;
       for (const Segment& segment : table.sends[static_cast<std::size_t>(r)]) {
         parts.push_back(
             {r, segment.source_row, r == rank() ? segment.destination_row : row, segment.rows});

@@ -20,13 +20,18 @@ namespace {
 using cuda::as_stream;
 using cuda::check;
 
-enum List : std::uint64_t { kOwn = 1, kPull, kPackPartials, kSum, kSumOthers };
+enum List : std::uint64_t { kOwn = 1, kPull, kPackPartials, kSum, kAddUp };
 
 /// Copies shorter than this on average go through a kernel, longer ones through the copy engines,
 /// which take no multiprocessor. With copies of 0.2 to 8 MiB the kernel was 1-4% faster end to end
 /// (docs/gpu.md; ZIGZAG_PEER_COPY decides otherwise).
 constexpr std::int64_t kEngineBytes = std::int64_t{16} << 20;
 constexpr std::int64_t kMaxEngineCopies = 256;
+
+/// Partials are fetched while attention goes on where copies are this long on average and take no
+/// more memory a tensor than kMostFetched.
+constexpr std::int64_t kFetchBytes = std::int64_t{1} << 20;
+constexpr std::int64_t kMostFetched = std::int64_t{1} << 30;
 
 constexpr std::int64_t kAlignment = 256;
 
@@ -109,39 +114,97 @@ class PeerTransport final : public Transport {
 
   void reduce(std::span<const TensorView> partials, std::span<const TensorView> destinations,
               const ExchangeTable& table, const Step& step, Queue queue) override {
-    reduce_rows(partials, destinations, table, step, queue, true);
-  }
-
-  bool reduces_in_parts() const override { return true; }
-
-  void reduce_others(std::span<const TensorView> partials, std::span<const TensorView> sums,
-                     const ExchangeTable& table, const Step& step, Queue queue) override {
-    reduce_rows(partials, sums, table, step, queue, false);
-  }
-
-  void add_own(std::span<const TensorView> partials, std::span<const TensorView> sums,
-               std::span<const TensorView> destinations, const ExchangeTable& table,
-               Queue queue) override {
-    cuda::DeviceGuard guard(group_.device());
-    const auto scope = span("add own partials", as_stream(queue.stream));
-    add_own_rows(partials, sums, destinations, table, rank(), queue);
-  }
-
- private:
-  /// `with_own`: this rank's partials are among those that are added.
-  void reduce_rows(std::span<const TensorView> partials, std::span<const TensorView> destinations,
-                   const ExchangeTable& table, const Step& step, Queue queue, bool with_own) {
     check_device(partials, group_.device(), rank());
     check_device(destinations, group_.device(), rank());
     cuda::DeviceGuard guard(group_.device());
     const cudaStream_t stream = as_stream(queue.stream);
-    if (group_.shares_addresses(stream)) {
-      reduce_in_place(partials, destinations, table, step, stream, with_own);
-    } else {
-      reduce_packed(partials, destinations, table, step, stream, with_own);
+    const Published shown = show_partials(partials, table, step, stream);
+    {
+      const auto scope = span("sum partials", stream);
+      const cuda::TableKey key{list_key(table, kSum), 0, shown.packed ? 31u : 30u};
+      for (std::size_t t = 0; t < partials.size(); ++t) {
+        std::vector<const void*> sources;
+        for (int r = 0; r < size(); ++r) {
+          sources.push_back(r == rank() ? partials[t].data : shown.rows_of(r, t));
+        }
+        cuda::sum_rows(
+            sources, partials[t].dtype, 1, destinations[t], key,
+            [&] { return sum_table(table, shown.packed); }, stream);
+      }
+    }
+    hide_partials(shown, step, stream);
+  }
+
+  bool reduces_in_parts(const ExchangeTable& table, std::int64_t row_bytes) const override {
+    std::int64_t segments = 0;
+    std::int64_t rows = 0;
+    for (int r = 0; r < size(); ++r) {
+      if (r == rank()) continue;
+      const std::vector<Segment>& from = table.sends[static_cast<std::size_t>(r)];
+      segments += static_cast<std::int64_t>(from.size());
+      rows += count_rows(from);
+    }
+    return segments > 0 && segments <= kMaxEngineCopies &&
+           rows * row_bytes >= segments * kFetchBytes &&
+           (size() - 1) * table.local_tokens * row_bytes <= kMostFetched;
+  }
+
+  void fetch_partials(std::span<const TensorView> partials, std::span<const TensorView> fetched,
+                      const ExchangeTable& table, const Step& step, Queue queue) override {
+    check_device(partials, group_.device(), rank());
+    check_device(fetched, group_.device(), rank());
+    cuda::DeviceGuard guard(group_.device());
+    const cudaStream_t stream = as_stream(queue.stream);
+    const Published shown = show_partials(partials, table, step, stream);
+    {
+      const auto scope = span("fetch partials", stream);
+      for (std::size_t t = 0; t < partials.size(); ++t) {
+        const std::int64_t bytes = row_bytes(partials[t]);
+        for (int i = 0; i + 1 < size(); ++i) {
+          const int r = ring_peer(i);
+          std::int64_t row = 0;
+          for (const Segment& segment : table.sends[static_cast<std::size_t>(r)]) {
+            const std::int64_t from = shown.packed ? row : segment.destination_row;
+            const std::int64_t to = fetched_row(r, table) + segment.source_row;
+            row += segment.rows;
+            // By the copy engines: attention has the multiprocessors.
+            check(cudaMemcpyAsync(fetched[t].as<std::byte>() + to * bytes,
+                                  static_cast<const std::byte*>(shown.rows_of(r, t)) + from * bytes,
+                                  static_cast<std::size_t>(segment.rows * bytes), cudaMemcpyDefault,
+                                  stream),
+                  "cudaMemcpyAsync");
+          }
+        }
+      }
+    }
+    hide_partials(shown, step, stream);
+  }
+
+  void add_up(std::span<const TensorView> partials, std::span<const TensorView> fetched,
+              std::span<const TensorView> destinations, const ExchangeTable& table,
+              Queue queue) override {
+    cuda::DeviceGuard guard(group_.device());
+    const auto scope = span("add up partials", as_stream(queue.stream));
+    const cuda::TableKey key{list_key(table, kAddUp), 0, 32};
+    const auto build = [&] {
+      std::vector<cuda::SumPart> parts;
+      for (int r = 0; r < size(); ++r) {
+        for (const Segment& segment : table.sends[static_cast<std::size_t>(r)]) {
+          const std::int64_t row =
+              r == rank() ? segment.destination_row : fetched_row(r, table) + segment.source_row;
+          parts.push_back({r, segment.source_row, row, segment.rows});
+        }
+      }
+      return cuda::make_sum_table(parts, size(), table.local_tokens);
+    };
+    for (std::size_t t = 0; t < partials.size(); ++t) {
+      std::vector<const void*> sources(static_cast<std::size_t>(size()), fetched[t].data);
+      sources[static_cast<std::size_t>(rank())] = partials[t].data;
+      cuda::sum_rows(sources, partials[t].dtype, 1, destinations[t], key, build, queue.stream);
     }
   }
 
+ private:
   cuda::TimelineScope span(std::string_view name, cudaStream_t stream) const {
     return {name, group_.rank(), group_.device(), cuda::Lane::kExchange, stream};
   }
@@ -237,38 +300,37 @@ class PeerTransport final : public Transport {
     return all;
   }
 
-  /// Reads peers' partials where they lie: all ranks share this process and its addresses.
-  void reduce_in_place(std::span<const TensorView> partials,
-                       std::span<const TensorView> destinations, const ExchangeTable& table,
-                       const Step& step, cudaStream_t stream, bool with_own) {
-    (void)group_.begin(1, step, stream);
-    group_.packed(stream);
-    std::vector<std::int64_t> addresses;
-    for (const TensorView& partial : partials) {
-      addresses.push_back(
-          static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(partial.data)));
+  /// Where every rank's partials can be read: in place, or packed for this rank.
+  struct Published {
+    bool packed = false;
+    std::size_t tensors = 0;
+    std::vector<const void*> rows;  // [size, tensors]
+    const void* rows_of(int rank, std::size_t tensor) const {
+      return rows[static_cast<std::size_t>(rank) * tensors + tensor];
     }
-    const std::vector<std::int64_t> all = group_.publish(addresses, step, stream);
-    const auto scope = span("sum partials", stream);
-    const cuda::TableKey key{list_key(table, with_own ? kSum : kSumOthers), 0, 30};
-    for (std::size_t t = 0; t < partials.size(); ++t) {
-      std::vector<const void*> sources;
-      for (int r = 0; r < size(); ++r) {
-        sources.push_back(reinterpret_cast<const void*>(
-            static_cast<std::uintptr_t>(all[static_cast<std::size_t>(r) * partials.size() + t])));
-      }
-      cuda::sum_rows(
-          sources, partials[t].dtype, 1, destinations[t], key,
-          [&] { return sum_table(table, false, with_own); }, stream);
-    }
-    group_.end(stream);
-    group_.wait_for_readers(step, stream);
-  }
+  };
 
-  /// Packs what each peer will read, where it sees only this transport's own memory.
-  void reduce_packed(std::span<const TensorView> partials, std::span<const TensorView> destinations,
-                     const ExchangeTable& table, const Step& step, cudaStream_t stream,
-                     bool with_own) {
+  /// Lets peers read the partials of their rows, in place where all ranks share this process and
+  /// its addresses; from here on `stream` may read theirs.
+  Published show_partials(std::span<const TensorView> partials, const ExchangeTable& table,
+                          const Step& step, cudaStream_t stream) {
+    Published shown;
+    shown.tensors = partials.size();
+    if (group_.shares_addresses(stream)) {
+      (void)group_.begin(1, step, stream);
+      group_.packed(stream);
+      std::vector<std::int64_t> addresses;
+      for (const TensorView& partial : partials) {
+        addresses.push_back(
+            static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(partial.data)));
+      }
+      for (const std::int64_t address : group_.publish(addresses, step, stream)) {
+        shown.rows.push_back(reinterpret_cast<const void*>(static_cast<std::uintptr_t>(address)));
+      }
+      return shown;
+    }
+    // Peers see only this transport's own memory.
+    shown.packed = true;
     std::vector<Segment> packing;
     std::vector<std::int64_t> first_rows(static_cast<std::size_t>(size()), 0);
     std::int64_t rows = 0;
@@ -300,33 +362,36 @@ class PeerTransport final : public Transport {
     std::vector<std::int64_t> values = offsets;
     values.insert(values.end(), first_rows.begin(), first_rows.end());
     const std::vector<std::int64_t> all = group_.publish(values, step, stream);
-    const auto scope = span("sum partials", stream);
-    const cuda::TableKey key{list_key(table, with_own ? kSum : kSumOthers), 0, 31};
-    for (std::size_t t = 0; t < partials.size(); ++t) {
-      std::vector<const void*> sources;
-      for (int r = 0; r < size(); ++r) {
-        const std::int64_t* theirs = all.data() + static_cast<std::size_t>(r) * values.size();
-        const std::int64_t first_row = theirs[partials.size() + static_cast<std::size_t>(rank())];
+    for (int r = 0; r < size(); ++r) {
+      const std::int64_t* theirs = all.data() + static_cast<std::size_t>(r) * values.size();
+      const std::int64_t first_row = theirs[partials.size() + static_cast<std::size_t>(rank())];
+      for (std::size_t t = 0; t < partials.size(); ++t) {
         const auto* memory = static_cast<const std::byte*>(group_.memory(r));
-        sources.push_back(r == rank() ? partials[t].data
-                                      : memory + theirs[t] + first_row * row_bytes(partials[t]));
+        shown.rows.push_back(memory + theirs[t] + first_row * row_bytes(partials[t]));
       }
-      cuda::sum_rows(
-          sources, partials[t].dtype, 1, destinations[t], key,
-          [&] { return sum_table(table, true, with_own); }, stream);
     }
+    return shown;
+  }
+
+  /// The work given to `stream` so far has read what it wanted; after it nobody reads this rank's.
+  void hide_partials(const Published& shown, const Step& step, cudaStream_t stream) {
     group_.end(stream);
+    if (!shown.packed) group_.wait_for_readers(step, stream);
+  }
+
+  /// The first row of a rank in what fetch_partials fetches.
+  std::int64_t fetched_row(int peer, const ExchangeTable& table) const {
+    return (peer - (peer > rank() ? 1 : 0)) * table.local_tokens;
   }
 
   /// Where the rows that add up to a local row lie in each rank's partials; `packed`: in the rows
   /// that the rank packed for this one.
-  cuda::SumTable sum_table(const ExchangeTable& table, bool packed, bool with_own) const {
+  cuda::SumTable sum_table(const ExchangeTable& table, bool packed) const {
     std::vector<cuda::SumPart> parts;
     for (int r = 0; r < size(); ++r) {
       std::int64_t row = 0;
       for (const Segment& segment : table.sends[static_cast<std::size_t>(r)]) {
         const bool own = r == rank();
-        if (own && !with_own) continue;
         parts.push_back(
             {r, segment.source_row, packed && !own ? row : segment.destination_row, segment.rows});
         row += segment.rows;

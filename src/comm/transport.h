@@ -94,21 +94,25 @@ class Transport {
                       std::span<const TensorView> destinations, const ExchangeTable& table,
                       const Step& step, Queue queue) = 0;
 
-  /// True when a reduction may be made in two parts, the first while this rank still works on the
-  /// gradients of its own rows. Ranks of one exchange may choose differently.
-  virtual bool reduces_in_parts() const { return false; }
+  /// True when a reduction of tensors with rows of `row_bytes` may be made in two parts, the first
+  /// while this rank still works on the gradients of its own rows. Ranks of one exchange may choose
+  /// differently: what they send each other is the same.
+  virtual bool reduces_in_parts(const ExchangeTable& /*table*/, std::int64_t /*row_bytes*/) const {
+    return false;
+  }
   /// The first part: partials as in reduce, of which the rows that other ranks own are complete ->
-  /// sums[i] [local_tokens, heads, head_dim] float32 contiguous: the other ranks' partials added in
-  /// rank order.
-  virtual void reduce_others(std::span<const TensorView> /*partials*/,
-                             std::span<const TensorView> /*sums*/, const ExchangeTable& /*table*/,
-                             const Step& /*step*/, Queue /*queue*/) {}
-  /// The second: sums and this rank's own partials added and rounded once into destinations, which
-  /// are as in reduce. Exchanges nothing.
-  virtual void add_own(std::span<const TensorView> /*partials*/,
-                       std::span<const TensorView> /*sums*/,
-                       std::span<const TensorView> /*destinations*/, const ExchangeTable& /*table*/,
-                       Queue /*queue*/) {}
+  /// fetched[i] [(world_size - 1) x local_tokens, heads, head_dim] float32 contiguous: the other
+  /// ranks' partials of this rank's rows, rank after rank. Rows that a rank does not hold are not
+  /// written.
+  virtual void fetch_partials(std::span<const TensorView> /*partials*/,
+                              std::span<const TensorView> /*fetched*/,
+                              const ExchangeTable& /*table*/, const Step& /*step*/,
+                              Queue /*queue*/) {}
+  /// The second: what reduce gives, bit for bit. Exchanges nothing.
+  virtual void add_up(std::span<const TensorView> /*partials*/,
+                      std::span<const TensorView> /*fetched*/,
+                      std::span<const TensorView> /*destinations*/, const ExchangeTable& /*table*/,
+                      Queue /*queue*/) {}
 };
 
 /// A value of plain bytes from every rank, in rank order.
