@@ -5,6 +5,7 @@
 #include "cuda/check.h"
 #include "cuda/cudnn_engine.h"
 #include "cuda/device.h"
+#include "cuda/hopper/engine.h"
 #include "cuda/library.h"
 #include "zigzag/error.h"
 
@@ -80,6 +81,13 @@ std::vector<Component> components() {
   const int count = device_count();
   for (int index = 0; index < count; ++index) all.push_back(device_component(index));
   if (count > 0) {
+    try {
+      const std::string missing = hopper::unavailable(0);
+      all.push_back({"tensor-core kernels", missing.empty(),
+                     missing.empty() ? "the library's own, float16 and bfloat16" : missing});
+    } catch (const std::exception& error) {
+      all.push_back({"tensor-core kernels", false, error.what()});
+    }
     const CudnnEngine::Presence& cudnn = CudnnEngine::presence();
     all.push_back({"cuDNN", cudnn.available, cudnn.detail});
     all.push_back(peer_component(count));
@@ -122,7 +130,10 @@ std::string why_unreachable(Device device, const std::string& bus) noexcept {
 std::string attention_engine(Device device) {
   (void)DeviceState::get(device.index);
   const CudnnEngine::Presence& cudnn = CudnnEngine::presence();
-  return cudnn.available ? cudnn.detail : "the library's own kernels, because " + cudnn.detail;
+  std::string text =
+      cudnn.available ? cudnn.detail : "the library's own kernels, because " + cudnn.detail;
+  if (hopper::unavailable(device.index).empty()) text += "; tensor-core kernels of the library";
+  return text;
 }
 
 Buffer allocate(Device device, std::int64_t bytes) {

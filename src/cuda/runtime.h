@@ -29,7 +29,8 @@ std::string bus_id(Device device);
 /// throws.
 std::string why_unreachable(Device device, const std::string& bus) noexcept;
 
-/// Why attention on this device runs in the engine it runs in: "cuDNN 9.19.0", or why not.
+/// What attention on this device runs in: "cuDNN 9.19.0" or why not, and whether the tensor-core
+/// kernels do.
 std::string attention_engine(Device device);
 
 /// Device memory for the command line and the tests, freed with its last owner. Throws DeviceError

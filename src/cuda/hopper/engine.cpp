@@ -29,7 +29,7 @@ using std::int64_t;
 
 constexpr double kLog2E = 1.4426950408889634;
 
-enum TableKind : std::uint32_t { kForwardTables = 30, kBackwardTables, kSplitSums };
+enum TableKind : std::uint32_t { kForwardTables = 60, kBackwardTables, kSplitSums };
 
 bool aligned(const TensorView& view) {
   const int64_t elements = 16 / item_size(view.dtype);
