@@ -179,6 +179,14 @@ void check_keys(const BackwardUnit& unit, int64_t document, bool own, const Layo
   }
 }
 
+/// The keys of a unit are the rank's own.
+void check_own(const BackwardUnit& unit, int64_t document, const Layout& layout) {
+  for (int key = 0; key < unit.k_count; ++key) {
+    const Token token{document, unit.k_position + key};
+    ASSERT_NE(std::find(layout.local.begin(), layout.local.end(), token), layout.local.end());
+  }
+}
+
 /// What compute of backward.cuh does with a unit for one query head.
 void follow(const BackwardUnit& unit, const Span& span, const Reach& reach, Seen& seen) {
   ASSERT_GE(unit.first_tile, 0);
@@ -211,19 +219,24 @@ void check_backward(const AttendArgs& args, const Layout& layout, bool own_rows,
   ASSERT_NO_FATAL_FAILURE(check_spans(work.spans, kQueryTile, layout));
   if (!own_rows) {
     EXPECT_TRUE(work.early.empty());
+    EXPECT_TRUE(work.rest.empty());
   }
   const int64_t heads = args.q.shape[1];
   const int64_t kv_heads = args.k.shape[1];
   const std::size_t rows = layout.gathered.size();
   // Of each row of dk, KV head and split: how many units write it.
   std::vector<int> written(rows * static_cast<std::size_t>(kv_heads * work.splits));
-  for (const std::vector<BackwardUnit>* units : {&work.early, &work.late}) {
+  for (const std::vector<BackwardUnit>* units : {&work.early, &work.others, &work.rest}) {
     int64_t weight = int64_t{kFar} * heads;
     for (const BackwardUnit& unit : *units) {
       ASSERT_LE(int64_t{unit.end_tile - unit.first_tile} * unit.heads, weight) << "heaviest first";
       weight = int64_t{unit.end_tile - unit.first_tile} * unit.heads;
       const int64_t document = work.spans.documents.at(static_cast<std::size_t>(unit.span));
       ASSERT_NO_FATAL_FAILURE(check_keys(unit, document, units == &work.early, layout));
+      // Other ranks fetch their rows before these have run.
+      if (units == &work.rest) {
+        ASSERT_NO_FATAL_FAILURE(check_own(unit, document, layout));
+      }
       ASSERT_GE(unit.split, 0);
       ASSERT_LT(unit.split, work.splits);
       ASSERT_GT(unit.heads, 0);
@@ -240,7 +253,7 @@ void check_backward(const AttendArgs& args, const Layout& layout, bool own_rows,
   for (int64_t head = 0; head < heads; ++head) {
     SCOPED_TRACE("head " + std::to_string(head));
     Seen seen(layout.local.size());
-    for (const std::vector<BackwardUnit>* units : {&work.early, &work.late}) {
+    for (const std::vector<BackwardUnit>* units : {&work.early, &work.others, &work.rest}) {
       for (const BackwardUnit& unit : *units) {
         if (head < unit.head || head >= unit.head + unit.heads) continue;
         const Span& span = work.spans.spans.at(static_cast<std::size_t>(unit.span));
@@ -338,7 +351,8 @@ TEST(HopperWork, LongDocuments) {
   check_pack({4096, 3000, 260}, kMasks, {{4, 2, 132}});
 }
 
-/// Chunks of which a rank of eight has whole units of its own keys.
+/// Chunks of which a rank of eight has whole units of its own keys: the late one's come first and
+/// the early one's last.
 TEST(HopperWork, OwnRows) {
   const std::vector<int64_t> lengths = {100, 17000, 1};
   const std::vector<Mask> masks = {{}, {false, -1, -1}};
@@ -347,9 +361,11 @@ TEST(HopperWork, OwnRows) {
     const Plan plan = Plan::from_lengths(lengths, world_size);
     for (const Mask& mask : masks) {
       const Call call(plan, world_size - 1, mask, {1, 1, 132});
-      // Both chunks are early, every 128 keys a unit.
+      // Every 128 keys a unit.
       const int64_t chunk = 17000 / world_size / 2;
-      EXPECT_GE(std::ssize(make_backward_work(call.args, true, 132).early), chunk / 128 * 2);
+      const BackwardWork work = make_backward_work(call.args, true, 132);
+      EXPECT_GE(std::ssize(work.early), chunk / kKeyTile);
+      EXPECT_GE(std::ssize(work.rest), chunk / kKeyTile);
     }
   }
 }
