@@ -31,10 +31,12 @@ constexpr double kLog2E = 1.4426950408889634;
 
 enum TableKind : std::uint32_t { kForwardTables = 60, kBackwardTables, kSplitSums };
 
+/// Rows and heads start at multiples of 16 bytes, and none stands for several.
 bool aligned(const TensorView& view) {
   const int64_t elements = 16 / item_size(view.dtype);
+  const auto fits = [&](int64_t stride) { return stride > 0 && stride % elements == 0; };
   return reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 && view.strides[2] == 1 &&
-         view.strides[0] % elements == 0 && view.strides[1] % elements == 0;
+         fits(view.strides[0]) && fits(view.strides[1]);
 }
 
 /// What one device can do, asked once.
@@ -78,7 +80,7 @@ bool fits(const AttendArgs& args, std::string& why) {
   } else if (head_dim % 8 != 0 || head_dim > 128) {
     why = "the tensor-core kernels want a head_dim that is a multiple of 8 up to 128";
   } else if (!aligned(args.q) || !aligned(args.k) || !aligned(args.v) || !aligned(args.out)) {
-    why = "the tensor-core kernels want rows and heads that start at multiples of 16 bytes";
+    why = "the tensor-core kernels want rows and heads of their own at multiples of 16 bytes";
   } else if (args.lse.strides[1] != 1) {
     why = "the tensor-core kernels want the heads of lse side by side";
   } else if (args.k.shape[0] == 0) {
@@ -93,7 +95,7 @@ bool fits_backward(const AttendBackwardArgs& args, std::string& why) {
   if (args.deterministic) {
     why = "sums of dq are made in no fixed order";
   } else if (!aligned(args.dout) || !aligned(args.dq)) {
-    why = "the tensor-core kernels want rows and heads that start at multiples of 16 bytes";
+    why = "the tensor-core kernels want rows and heads of their own at multiples of 16 bytes";
   } else {
     return fits(args, why);
   }
