@@ -126,6 +126,7 @@ class Schedule {
   }
 
   void forward(const TensorView& out, const TensorView& lse) {
+    const JoinOnError guard(*this);
     gather(0);
     join_exchange();
     for (int stage = 0; stage < stages_; ++stage) {
@@ -165,9 +166,10 @@ class Schedule {
       args.v = kv_heads(v_, stage);
       backend_->attend_backward_early(args);
     };
-    // What other ranks add to the gradients of this one's rows, by stage, where it is fetched while
-    // attention goes on. Kept until no exchange uses it.
-    std::vector<Pair> others(static_cast<std::size_t>(stages_));
+    // What other ranks add to the gradients of this one's rows, where it is fetched while attention
+    // goes on. One serves all stages: it is filled and read in the order of the exchange queue.
+    Pair fetched;
+    const JoinOnError guard(*this);
     gather(0);
     start_early(0);
     join_exchange();
@@ -176,12 +178,15 @@ class Schedule {
       const AttendBackwardArgs args = arguments(stage);
       const comm::Step step{"reduction of dK and dV", stage, stages_};
       const TensorView sources[] = {args.dk, args.dv};
-      const bool in_parts = !alone() && transport_.reduces_in_parts(table_, partial_row_bytes()) &&
-                            backend_->attend_backward_others(args);
-      Pair& fetched = others[static_cast<std::size_t>(stage)];
+      const bool in_parts =
+          !alone() &&
+          transport_.reduces_in_parts(table_, partial_row_bytes(), backend_->exchange_queue()) &&
+          backend_->attend_backward_others(args);
       if (in_parts) {
-        const int64_t rows = (transport_.size() - 1) * table_.local_tokens;
-        fetched = {buffer_of(rows, DType::kFloat32), buffer_of(rows, DType::kFloat32)};
+        if (fetched.k.view.data == nullptr) {
+          const int64_t rows = (transport_.size() - 1) * table_.local_tokens;
+          fetched = {buffer_of(rows, DType::kFloat32), buffer_of(rows, DType::kFloat32)};
+        }
         backend_->order(backend_->compute_queue(), backend_->exchange_queue());
         const TensorView views[] = {fetched.k.view, fetched.v.view};
         transport_.fetch_partials(sources, views, table_, step, backend_->exchange_queue());
@@ -213,6 +218,25 @@ class Schedule {
   struct Pair {
     Gathered k;
     Gathered v;
+  };
+  /// When an exception leaves its scope, makes attention's queue wait for the exchanges given so
+  /// far: memory is released in the order of that queue.
+  class JoinOnError {
+   public:
+    explicit JoinOnError(Schedule& schedule) : schedule_(schedule) {}
+    ~JoinOnError() {
+      if (std::uncaught_exceptions() == exceptions_) return;
+      try {
+        schedule_.join_exchange();
+      } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch): the device has failed
+      }
+    }
+    JoinOnError(const JoinOnError&) = delete;
+    JoinOnError& operator=(const JoinOnError&) = delete;
+
+   private:
+    Schedule& schedule_;
+    int exceptions_ = std::uncaught_exceptions();
   };
 
   bool alone() const { return transport_.size() == 1; }

@@ -135,7 +135,10 @@ class PeerTransport final : public Transport {
     hide_partials(shown, step, stream);
   }
 
-  bool reduces_in_parts(const ExchangeTable& table, std::int64_t row_bytes) const override {
+  bool reduces_in_parts(const ExchangeTable& table, std::int64_t row_bytes,
+                        Queue queue) const override {
+    // A graph keeps to the path that is tested in one.
+    if (is_capturing(as_stream(queue.stream))) return false;
     std::int64_t segments = 0;
     std::int64_t rows = 0;
     for (int r = 0; r < size(); ++r) {

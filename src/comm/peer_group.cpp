@@ -60,12 +60,6 @@ void enable_access(int device, int peer) {
   }
 }
 
-bool is_capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
-  return status != cudaStreamCaptureStatusNone;
-}
-
 /// Zeroed memory of this device that is not the pool's, so that it can be opened elsewhere.
 void* zeroed_memory(std::int64_t bytes) {
   void* memory = nullptr;
@@ -76,6 +70,12 @@ void* zeroed_memory(std::int64_t bytes) {
 }
 
 }  // namespace
+
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  return status != cudaStreamCaptureStatusNone;
+}
 
 PeerShare::PeerShare(int device_index, int rank, int size, bool interprocess)
     : device(device_index) {

@@ -16,6 +16,9 @@ namespace zigzag::comm {
 inline constexpr int kPeerRing = 4;
 inline constexpr int kPeerSlots = 2;
 
+/// Whether the work given to a stream goes into a CUDA graph.
+bool is_capturing(cudaStream_t stream);
+
 /// What a rank lets its peers read: memory for packed rows, and what orders its use: events among
 /// ranks of one process, else flags. Peers of one process share it and it lives as long as the last
 /// of them.

@@ -97,7 +97,8 @@ class Transport {
   /// True when a reduction of tensors with rows of `row_bytes` may be made in two parts, the first
   /// while this rank still works on the gradients of its own rows. Ranks of one exchange may choose
   /// differently: what they send each other is the same.
-  virtual bool reduces_in_parts(const ExchangeTable& /*table*/, std::int64_t /*row_bytes*/) const {
+  virtual bool reduces_in_parts(const ExchangeTable& /*table*/, std::int64_t /*row_bytes*/,
+                                Queue /*queue*/) const {
     return false;
   }
   /// The first part: partials as in reduce, of which the rows that other ranks own are complete ->

@@ -150,4 +150,13 @@ std::vector<std::byte> bytes_of(const std::vector<T>& values) {
   return {first, first + values.size() * sizeof(T)};
 }
 
+/// Puts the bytes of a vector behind others; gives where they begin.
+template <typename T>
+std::size_t append_bytes(std::vector<std::byte>& bytes, const std::vector<T>& values) {
+  const std::size_t at = bytes.size();
+  const std::vector<std::byte> more = bytes_of(values);
+  bytes.insert(bytes.end(), more.begin(), more.end());
+  return at;
+}
+
 }  // namespace zigzag::cuda

@@ -27,14 +27,6 @@ struct FmaPack {
   int64_t item_count = 0, key_count = 0, q_tiles = 0, k_tiles = 0;
 };
 
-template <typename T>
-std::size_t append(std::vector<std::byte>& bytes, const std::vector<T>& values) {
-  const std::size_t at = bytes.size();
-  const std::vector<std::byte> more = bytes_of(values);
-  bytes.insert(bytes.end(), more.begin(), more.end());
-  return at;
-}
-
 int64_t tiles_of(int64_t rows) { return (rows + kFmaTile - 1) / kFmaTile; }
 
 FmaPack make_pack(const AttendArgs& args) {
@@ -68,10 +60,10 @@ FmaPack make_pack(const AttendArgs& args) {
   pack.key_count = static_cast<int64_t>(keys.size());
   pack.q_tiles = q_starts.back();
   pack.k_tiles = k_starts.back();
-  pack.items_at = append(pack.bytes, items);
-  pack.q_tiles_at = append(pack.bytes, q_starts);
-  pack.keys_at = append(pack.bytes, keys);
-  pack.k_tiles_at = append(pack.bytes, k_starts);
+  pack.items_at = append_bytes(pack.bytes, items);
+  pack.q_tiles_at = append_bytes(pack.bytes, q_starts);
+  pack.keys_at = append_bytes(pack.bytes, keys);
+  pack.k_tiles_at = append_bytes(pack.bytes, k_starts);
   return pack;
 }
 

@@ -15,7 +15,6 @@ constexpr int kUnroll = 2;
 constexpr int kAhead = 2;
 /// Loads in flight need many threads more than each needs many registers.
 constexpr int kBlocksPerSm = 3;
-constexpr int kMaxSumSources = 128;
 
 struct SumParams {
   const void* sources[kMaxSumSources];

@@ -32,6 +32,9 @@ struct SumPart {
 SumTable make_sum_table(std::span<const SumPart> parts, std::int64_t sources,
                         std::int64_t destination_rows);
 
+/// The most sources of a sum.
+constexpr int kMaxSumSources = 128;
+
 /// destination [rows, heads, head_dim] = the sum over sources in their order, in float32, rounded
 /// once; rows without a source become 0. sources[s] [.., heads x group, head_dim] contiguous, all
 /// of `source_type` (float32, float16 or bfloat16); the `group` heads from h x group on add up to

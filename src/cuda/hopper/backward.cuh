@@ -253,7 +253,7 @@ __device__ void compute(const BackwardParams& params,
           // 0 there is nothing to scale.
           const float2 lse = *reinterpret_cast<const float2*>(&shared.lse[stage][8 * c + column]);
           const auto slope = [&](float p, float log_sum) {
-            const float t = (__log2f(p) + log_sum) / params.scale_log2;
+            const float t = (__log2f(p) + log_sum) * params.one_by_scale_log2;
             return p > 0 ? 1.0f - t * t : 0.0f;
           };
           first *= slope(s(4 * c + 2 * y), lse.x);
@@ -365,6 +365,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       compute<T, kWidth, kSoftcap, 1>(params, shared);
     }
   }
+#else
+  __trap();  // engine.cpp does not launch what was built for another architecture
 #endif
 }
 

@@ -45,13 +45,14 @@ struct Abilities {
   std::string why_not;
 };
 
-const Abilities& abilities(int device) {
-  static std::mutex mutex;
-  static auto* known = new std::map<int, Abilities>();
-  const std::lock_guard lock(mutex);
-  const auto [found, fresh] = known->try_emplace(device);
-  Abilities& one = found->second;
-  if (!fresh) return one;
+#ifdef ZIGZAG_SM_90A
+constexpr bool kBuilt = true;
+#else
+constexpr bool kBuilt = false;
+#endif
+
+Abilities ask_abilities(int device) {
+  Abilities one;
   int major = 0;
   int minor = 0;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
@@ -63,11 +64,26 @@ const Abilities& abilities(int device) {
   if (major != 9 || minor != 0) {
     one.why_not = "the tensor-core kernels are for compute capability 9.0, not " +
                   std::to_string(major) + "." + std::to_string(minor);
+  } else if (!kBuilt) {
+    one.why_not = "the library was built without architecture 90a (ZIGZAG_CUDA_ARCHITECTURES)";
   } else if (!has_tensor_maps()) {
     one.why_not = "the driver has no tensor maps";
   }
   return one;
 }
+
+const Abilities& abilities(int device) {
+  static std::mutex mutex;
+  static auto* known = new std::map<int, Abilities>();
+  const std::lock_guard lock(mutex);
+  const auto found = known->find(device);
+  if (found != known->end()) return found->second;
+  return known->emplace(device, ask_abilities(device)).first->second;
+}
+
+/// Softcaps between which tanh and its slope keep float32's digits (common.cuh, backward.cuh).
+constexpr double kLeastSoftcap = 0.01;
+constexpr double kMostSoftcap = 1000;
 
 bool fits(const AttendArgs& args, std::string& why) {
   const int64_t head_dim = args.q.shape[2];
@@ -75,6 +91,8 @@ bool fits(const AttendArgs& args, std::string& why) {
     why = missing;
   } else if (args.q.dtype == DType::kFloat32) {
     why = "the tensor cores take no float32";
+  } else if (args.softcap != 0 && (args.softcap < kLeastSoftcap || args.softcap > kMostSoftcap)) {
+    why = "the tensor-core kernels take softcaps from 0.01 to 1000";
   } else if (args.scale <= 0) {
     why = "the tensor-core kernels want a positive scale";
   } else if (head_dim % 8 != 0 || head_dim > 128) {
@@ -117,19 +135,12 @@ struct BackwardPack {
   std::size_t tile_span_at = 0, early_at = 0, others_at = 0, rest_at = 0;  // spans stand first
 };
 
-template <typename T>
-std::size_t append(std::vector<std::byte>& bytes, const std::vector<T>& values) {
-  const std::size_t at = bytes.size();
-  const std::vector<std::byte> more = bytes_of(values);
-  bytes.insert(bytes.end(), more.begin(), more.end());
-  return at;
-}
-
 TableKey table_key(const AttendArgs& args, bool own_rows, TableKind kind) {
   TableKey key = pack_key(args);
   key.kind = kind;
-  for (const int64_t value : {args.q.shape[1], args.k.shape[1], int64_t{width_of(args.q.shape[2])},
-                              int64_t{own_rows ? 1 : 0}}) {
+  for (const int64_t value :
+       {args.q.shape[1], args.k.shape[1], int64_t{width_of(args.q.shape[2])},
+        int64_t{own_rows ? 1 : 0}, int64_t{abilities(args.q.device.index).processors}}) {
     key.detail = mix(key.detail, static_cast<std::uint64_t>(value));
   }
   return key;
@@ -140,11 +151,11 @@ std::shared_ptr<const BackwardPack> pack_of(const AttendArgs& args, bool own_row
   return recent->get(table_key(args, own_rows, kBackwardTables), [&] {
     BackwardPack pack;
     pack.work = make_backward_work(args, own_rows, abilities(args.q.device.index).processors);
-    append(pack.bytes, pack.work.spans.spans);
-    pack.tile_span_at = append(pack.bytes, pack.work.spans.tile_span);
-    pack.early_at = append(pack.bytes, pack.work.early);
-    pack.others_at = append(pack.bytes, pack.work.others);
-    pack.rest_at = append(pack.bytes, pack.work.rest);
+    append_bytes(pack.bytes, pack.work.spans.spans);
+    pack.tile_span_at = append_bytes(pack.bytes, pack.work.spans.tile_span);
+    pack.early_at = append_bytes(pack.bytes, pack.work.early);
+    pack.others_at = append_bytes(pack.bytes, pack.work.others);
+    pack.rest_at = append_bytes(pack.bytes, pack.work.rest);
     return pack;
   });
 }
@@ -169,6 +180,9 @@ template <typename Params>
 void set_scores(Params& params, const AttendArgs& args) {
   const bool capped = args.softcap != 0;
   params.scale_log2 = static_cast<float>((capped ? args.softcap : args.scale) * kLog2E);
+  if constexpr (std::is_same_v<Params, BackwardParams>) {
+    params.one_by_scale_log2 = 1 / params.scale_log2;
+  }
   params.cap_scale = capped ? static_cast<float>(args.scale / args.softcap) : 0.0f;
   const Reach reach = reach_of(args.mask);
   params.left = reach.left;
@@ -204,8 +218,8 @@ bool forward(const AttendArgs& args, void* stream_pointer, std::string& why) {
   const auto pack = recent->get(key, [&] {
     ForwardPack fresh;
     fresh.work = make_forward_work(args);
-    append(fresh.bytes, fresh.work.spans.spans);
-    fresh.units_at = append(fresh.bytes, fresh.work.units);
+    append_bytes(fresh.bytes, fresh.work.spans.spans);
+    fresh.units_at = append_bytes(fresh.bytes, fresh.work.units);
     return fresh;
   });
   const cudaStream_t stream = as_stream(stream_pointer);
@@ -285,7 +299,6 @@ struct HopperBackward::State {
 PassParams HopperBackward::State::pass_params() const {
   PassParams params{};
   params.spans = table.as<Span>();
-  params.span_count = static_cast<int64_t>(pack->work.spans.spans.size());
   params.tile_span =
       reinterpret_cast<const std::int32_t*>(table.as<std::byte>() + pack->tile_span_at);
   params.tiles = pack->work.spans.tiles();

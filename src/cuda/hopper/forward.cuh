@@ -200,8 +200,9 @@ __device__ void compute_forward(const ForwardParams& params,
         most[y] = fmaxf(most[y], __shfl_xor_sync(0xffffffffu, most[y], 1));
         most[y] = fmaxf(most[y], __shfl_xor_sync(0xffffffffu, most[y], 2));
         // A row without a key so far keeps weights of 0.
-        shift[y] = most[y] == -INFINITY ? 0.0f : most[y] * params.scale_log2;
-        factor[y] = exp2_fast(before * params.scale_log2 - shift[y]);
+        shift[y] = most[y] == -INFINITY ? 0.0f : __fmul_rn(most[y], params.scale_log2);
+        // Rounded before it is subtracted, like the shift: exactly 1 where the maximum stays.
+        factor[y] = exp2_fast(__fmul_rn(before, params.scale_log2) - shift[y]);
       }
 #pragma unroll
       for (int j = 0; j < size(s); ++j) {
@@ -275,7 +276,7 @@ __device__ void compute_forward(const ForwardParams& params,
       sum[y] += __shfl_xor_sync(0xffffffffu, sum[y], 1);
       sum[y] += __shfl_xor_sync(0xffffffffu, sum[y], 2);
       // log2 to log: x ln 2.
-      lse[y] = (most[y] * params.scale_log2 + __log2f(sum[y])) * 0.6931471805599453f;
+      lse[y] = (__fmul_rn(most[y], params.scale_log2) + __log2f(sum[y])) * 0.6931471805599453f;
       if (sum[y] == 0) lse[y] = -INFINITY;
       factor[y] = sum[y] == 0 ? 0.0f : 1.0f / sum[y];
     }
@@ -347,6 +348,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     cutlass::arch::warpgroup_reg_alloc<240>();
     compute_forward<T, kWidth, kSoftcap>(params, shared);
   }
+#else
+  __trap();  // engine.cpp does not launch what was built for another architecture
 #endif
 }
 

@@ -102,7 +102,8 @@ struct BackwardParams {
   std::int64_t tiles;
   int head_dim;
   float scale;
-  float scale_log2;     // (scale or, with a softcap, softcap) x log2(e)
+  float scale_log2;  // (scale or, with a softcap, softcap) x log2(e)
+  float one_by_scale_log2;
   float cap_scale;      // with a softcap: scale / softcap
   bool sums_are_float;  // dk and dv; otherwise the kernel's type
   int left, right;      // a query at i sees keys at i - left .. i + right; kFar: no bound
@@ -111,7 +112,6 @@ struct BackwardParams {
 /// What the passes before and after the backward kernel work on.
 struct PassParams {
   const Span* spans;
-  std::int64_t span_count;
   const std::int32_t* tile_span;  // [tiles]: the span of each tile
   std::int64_t tiles;
   int heads;
@@ -126,12 +126,12 @@ struct PassParams {
 };
 
 /// Launches the kernel for element type T, with or without a softcap, with `blocks` blocks, at most
-/// one a multiprocessor.
+/// one a multiprocessor. forward_instance.cu.in makes one file a type, width and kind of softcap;
+/// backward_instance.cu.in likewise.
 template <typename T, int kWidth, bool kSoftcap>
 void run_forward(const ForwardParams& params, int blocks, void* stream);
 
-/// Launches the kernel for element type T, with or without a softcap
-/// (src/cuda/hopper/instance.cu.in makes one file a type and width).
+/// Launches the kernel for element type T, with or without a softcap, a block a unit.
 template <typename T, int kWidth, bool kSoftcap>
 void run_backward(const BackwardParams& params, std::int64_t units, void* stream);
 

@@ -4,6 +4,7 @@
 #include <map>
 
 #include "cuda/launch_lists.h"
+#include "cuda/sum_rows.h"
 #include "zigzag/error.h"
 
 namespace zigzag::cuda::hopper {
@@ -112,13 +113,13 @@ int choose_splits(const std::vector<BackwardUnit>& blocks, int64_t kv_heads, int
     longest = std::max(longest, weight(block));
     total += weight(block);
   }
-  for (int64_t splits = 1; splits < group; ++splits) {
-    if (group % splits == 0 &&
-        longest * (group / splits) * processors <= total * group * kv_heads) {
-      return static_cast<int>(splits);
-    }
+  int64_t most = 1;
+  for (int64_t splits = 1; splits <= std::min<int64_t>(group, kMaxSumSources); ++splits) {
+    if (group % splits != 0) continue;
+    most = splits;
+    if (longest * (group / splits) * processors <= total * group * kv_heads) break;
   }
-  return static_cast<int>(group);
+  return static_cast<int>(most);
 }
 
 }  // namespace
