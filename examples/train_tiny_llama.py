@@ -11,6 +11,7 @@ curves are drawn over one another, and their largest relative difference is prin
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import socket
@@ -187,6 +188,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--plot", default="train_tiny_llama.png", help="'' draws none")
     options = parser.parse_args()
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib, or --plot '' for no plot")
     text = read_text(options.files)
     curves = {int(ranks): run(int(ranks), text, options) for ranks in options.ranks.split(",")}
     first = np.array(next(iter(curves.values())))
