@@ -152,6 +152,20 @@ class PlanTest(CommandTest):
         self.assertIn("<svg", path.read_text())
 
 
+class LimitTest(CommandTest):
+    def test_the_default_of_max_tokens_can_be_given(self):
+        pack = ("plan", "--lengths", "30,50", "--ranks", 2)
+        self.assertEqual(self.passes(*pack, "--max-tokens", -1).out, self.passes(*pack).out)
+
+    def test_segments_are_listed_up_to_the_limits_of_the_help(self):
+        text = " ".join(self.passes("plan", "--help").out.split())
+        self.assertIn("above 16 documents or ranks too; with --json, above 10,000 too", text)
+        for documents, ranks, listed in ((16, 16, True), (17, 1, False), (1, 17, False)):
+            lengths = ",".join(["99"] * documents)
+            table = self.passes("plan", "--lengths", lengths, "--ranks", ranks).out
+            self.assertEqual("document.chunk" in table, listed, (documents, ranks))
+
+
 class HelpTest(CommandTest):
     def test_version_and_help(self):
         self.assertRegex(self.passes("--version").out, r"^zigzag \d+\.\d+\.\d+\n$")
