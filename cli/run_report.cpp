@@ -44,6 +44,14 @@ Totals totals_of(const RunReport& report) {
   return totals;
 }
 
+std::vector<std::string> notes_of(const RunReport& report) {
+  std::vector<std::string> notes = report.job->source->notes();
+  if (report.check) {
+    notes.insert(notes.end(), report.check->notes.begin(), report.check->notes.end());
+  }
+  return notes;
+}
+
 // JSON has no infinity.
 nlohmann::ordered_json number(double value) {
   if (!std::isfinite(value)) return nullptr;
@@ -210,7 +218,7 @@ void print_run_json(const RunReport& report) {
                     {"partials_bytes", report.memory.partials},
                     {"rest_bytes", report.memory.rest()}};
   json["check_results_bytes"] = report.memory.whole;
-  json["notes"] = job.source->notes();
+  json["notes"] = notes_of(report);
   auto ranks = nlohmann::ordered_json::array();
   for (std::int64_t r = 0; r < report.group->size(); ++r) {
     const RankTimes& times = report.times[static_cast<std::size_t>(r)];
@@ -238,7 +246,7 @@ void print_run_summary(const RunReport& report) {
   const Job& job = *report.job;
   const io::ModelShape& shape = job.source->shape();
   const Totals totals = totals_of(report);
-  for (const std::string& note : job.source->notes()) fmt::print("Note: {}.\n", note);
+  for (const std::string& note : notes_of(report)) fmt::print("Note: {}.\n", note);
   fmt::print("{}, {} over {} ({}, {}); {}, {}, head_dim {}, {}; {}\n\n",
              plural(job.plan->num_documents(), "document"),
              plural(job.plan->total_tokens(), "token"), plural(report.group->size(), "rank"),

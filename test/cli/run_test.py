@@ -239,12 +239,26 @@ class RunTest(CommandTest):
             dtype, shape, data = tensors[name]
             tensors[name] = (dtype, shape, struct.pack("<f", float(value)) + data[4:])
             (self.folder / "in.safetensors").write_bytes(support.safetensors_bytes(tensors))
-            check = self.passes(
-                "run", "--input", "in.safetensors", "--ranks", 2, "--check", "--json"
-            ).json()["check"]
+            arguments = ("run", "--input", "in.safetensors", "--ranks", 2, "--check")
+            run = self.passes(*arguments, "--json").json()
+            check = run["check"]
+            cause = f"; of the inputs, NaN or infinite elements: 1 of {name}"
+            notes = [note for note in run["notes"] if note.endswith(cause)]
+            self.assertEqual(len(notes), 1, run["notes"])
+            self.assertIn(f"Note: {notes[0]}.\n", self.passes(*arguments).out)
             # Rows without it are held to the bounds: no error at all would be no comparison.
             self.assertGreater(check["dq_relative_l2"], 0, f"{value} in {name}")
             self.assertGreater(check["dk_relative_l2"], 0, f"{value} in {name}")
+
+    def test_nan_of_the_results_is_counted(self):
+        tensors = support.pack_file([3], dout=False)
+        dtype, shape, data = tensors["v"]
+        # One element of the last token and its KV head, seen by one query of two heads.
+        tensors["v"] = (dtype, shape, data[:-4] + struct.pack("<f", float("nan")))
+        (self.folder / "in.safetensors").write_bytes(support.safetensors_bytes(tensors))
+        arguments = ("run", "--input", "in.safetensors", "--ranks", 2)
+        note = "out holds 2 NaN; of the inputs, NaN or infinite elements: 1 of v"
+        self.assertEqual(self.passes(*arguments, "--check", "--json").json()["notes"], [note])
 
     def test_seed_decides_the_inputs(self):
         outputs = []
