@@ -52,7 +52,9 @@ class RunTest(CommandTest):
                     "--heads", 8, "--kv-heads", 8, "--head-dim", 128, "--json",
                 ).json()  # fmt: skip
                 self.assertEqual(run["peak_resident_bytes"], sum(run["memory"].values()))
-                self.assertLess(run["memory"]["rest_bytes"], (64 << 20) + threads * (8 << 20), (dtype, world))
+                self.assertLess(
+                    run["memory"]["rest_bytes"], (64 << 20) + threads * (8 << 20), (dtype, world)
+                )
                 for part in ("gathered_bytes", "partials_bytes"):
                     self.assertEqual(run["memory"][part], 0, "rank threads read in place")
 
