@@ -6,8 +6,12 @@
 #include <cstring>
 #include <limits>
 
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
 #include "cuda/runtime.h"
 #include "half.h"
+#include "text.h"
 
 namespace zigzag::cli {
 namespace {
@@ -36,6 +40,15 @@ double rms(const TensorView& tensor) {
     ++count;
   }
   return count == 0 ? 0 : std::sqrt(sum / static_cast<double>(count));
+}
+
+template <typename Predicate>
+std::int64_t count_if(const TensorView& tensor, Predicate predicate) {
+  std::int64_t count = 0;
+  for (std::int64_t i = 0; i < tensor.num_elements(); ++i) {
+    count += predicate(value_at(tensor, i)) ? 1 : 0;
+  }
+  return count;
 }
 
 // Where the terms of a row cancel exactly (a query that sees one key has dq = 0), no relative error
@@ -103,6 +116,30 @@ Inputs load_inputs(const Job& job, const Plan& whole) {
                 {}};
   if (job.backward) inputs.dout = job.source->load(io::Stream::kDOut, runs);
   return inputs;
+}
+
+// Results that agree with the reference may still be of no use: a NaN passes the check where the
+// reference has one too.
+std::vector<std::string> nan_notes(const Results& results, const Inputs& inputs, bool backward) {
+  std::vector<std::string> found;
+  for (std::size_t i = 0; i < (backward ? kResults : kDQ); ++i) {
+    const std::int64_t nan = count_if(results[i].view(), [](double x) { return std::isnan(x); });
+    if (nan > 0) found.push_back(fmt::format("{} holds {} NaN", kResultNames[i], count_text(nan)));
+  }
+  if (found.empty()) return {};
+  std::vector<std::string> causes;
+  const auto look = [&](const char* name, const TensorMemory& tensor) {
+    const std::int64_t bad = count_if(tensor.view(), [](double x) { return !std::isfinite(x); });
+    if (bad > 0) causes.push_back(fmt::format("{} of {}", count_text(bad), name));
+  };
+  look("q", inputs.q);
+  look("k", inputs.k);
+  look("v", inputs.v);
+  if (backward) look("dout", inputs.dout);
+  return {fmt::format("{}; {}", fmt::join(found, ", "),
+                      causes.empty() ? "every element of the inputs is finite"
+                                     : fmt::format("of the inputs, NaN or infinite elements: {}",
+                                                   fmt::join(causes, ", ")))};
 }
 
 Results run_one_rank(const Job& job, const Plan& whole, const Inputs& inputs, Device device) {
@@ -218,6 +255,7 @@ CheckReport check_results(const Job& job, const Results& results, Device device,
   }
 
   CheckReport report;
+  report.notes = nan_notes(results, inputs, job.backward);
   for (std::size_t i = 0; i < (job.backward ? kResults : kDQ); ++i) {
     TensorCheck& check = report.tensors[i];
     const TensorView& actual = results[i].view();

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <string>
+#include <vector>
 
 #include "progress.h"
 #include "run_job.h"
@@ -33,6 +34,7 @@ struct TensorCheck {
 struct CheckReport {
   bool passed = true;
   double seconds = 0;
+  std::vector<std::string> notes;  // NaN in the results and what of the inputs it comes with
   std::array<TensorCheck, kResults> tensors;
 };
 

@@ -85,8 +85,8 @@ std::string attempt(const Trial& trial, bool alone) {
   if (!check.passed) {
     throw std::runtime_error("the results differ from the float64 reference by more than allowed");
   }
-  return fmt::format("forward and backward agree with the float64 reference ({} ranks, {})",
-                     group.size(), group.comm());
+  return fmt::format("forward and backward agree with the float64 reference ({}, {})",
+                     plural(group.size(), "rank"), group.comm());
 }
 
 Verdict judge(const Trial& trial) {
@@ -156,8 +156,10 @@ nlohmann::ordered_json examine() {
                    {"nccl_reason", build_info::kNcclReason}};
   json["memory_bytes"] = machine_memory_bytes();
   auto variables = nlohmann::ordered_json::object();
-  for (const char* name : {"ZIGZAG_KERNELS", "ZIGZAG_NUM_THREADS", "ZIGZAG_TIMEOUT_S",
-                           "ZIGZAG_CPU_TARGET", "ZIGZAG_CUDNN_PATH", "ZIGZAG_NCCL_PATH"}) {
+  for (const char* name :
+       {"ZIGZAG_KERNELS", "ZIGZAG_NUM_THREADS", "ZIGZAG_TIMEOUT_S", "ZIGZAG_CPU_TARGET",
+        "ZIGZAG_CUDNN_PATH", "ZIGZAG_NCCL_PATH", "ZIGZAG_CUDART_PATH", "ZIGZAG_NVRTC_PATH",
+        "ZIGZAG_GPU_COMM", "ZIGZAG_GPU_ENGINE", "ZIGZAG_PEER_COPY"}) {
     const char* value = std::getenv(name);
     if (value != nullptr) variables[name] = value;
   }
@@ -174,6 +176,14 @@ nlohmann::ordered_json examine() {
   return json;
 }
 
+// A component of every machine that cannot be used, as with a wrong environment variable; the
+// others may be absent.
+bool is_broken(const nlohmann::ordered_json& component) {
+  const std::string name = component["name"].get<std::string>();
+  const bool everywhere = name == "CPU" || name == "threads" || name == "components";
+  return everywhere && !component["available"].get<bool>();
+}
+
 void print_report(const nlohmann::ordered_json& json) {
   const auto text = [](const nlohmann::ordered_json& value) { return value.get<std::string>(); };
   const auto& build = json["build"];
@@ -188,7 +198,10 @@ void print_report(const nlohmann::ordered_json& json) {
   }
   fmt::print("\nMachine\n  {} of memory\n", bytes_text(json["memory_bytes"].get<double>()));
   for (const auto& component : json["components"]) {
-    fmt::print("  {:<4} {}: {}\n", component["available"].get<bool>() ? "ok" : "--",
+    fmt::print("  {:<4} {}: {}\n",
+               component["available"].get<bool>() ? "ok"
+               : is_broken(component)             ? "FAIL"
+                                                  : "--",
                text(component["name"]), text(component["detail"]));
   }
   if (!json["environment"].empty()) {
@@ -211,6 +224,7 @@ void print_report(const nlohmann::ordered_json& json) {
 int run_doctor(bool as_json) {
   const nlohmann::ordered_json json = examine();
   bool failed = false;
+  for (const auto& component : json["components"]) failed = failed || is_broken(component);
   for (const auto& check : json["self_checks"]) failed = failed || check["status"] == "failed";
   // Under mpirun every process examines itself and one of them speaks.
   if (speaks()) {

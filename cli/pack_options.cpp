@@ -67,8 +67,8 @@ void PackOptions::declare(Flags& flags) {
              "A text file of document lengths; '#' starts a comment");
   flags.texts("--documents", documents, "PATH",
               "Files, or folders of files: bytes are tokens, one document a file");
-  flags.integer("--max-tokens", max_tokens, 1, kMaxTokens,
-                "Cut the pack after N tokens (-1: no limit)");
+  flags.integer_or("--max-tokens", max_tokens, "-1", -1, 1, kMaxTokens,
+                   "Cut the pack after N tokens (-1: no limit)");
 }
 
 void PackOptions::declare_data(Flags& flags) {
@@ -135,10 +135,13 @@ void ShapeOptions::declare(Flags& flags) {
 
 void ShapeOptions::check() const {
   if (heads % kv_heads == 0) return;
+  const auto source = [](const CLI::Option* given) {
+    return given != nullptr && given->count() == 0 ? " (the default)" : "";
+  };
   throw InvalidArgument(fmt::format(
-      "--kv-heads {} does not divide --heads {}; each KV head serves the same number of query "
+      "--kv-heads {}{} does not divide --heads {}{}; each KV head serves the same number of query "
       "heads",
-      kv_heads, heads));
+      kv_heads, source(kv_heads_given), heads, source(heads_given)));
 }
 
 void MaskOptions::declare(Flags& flags) {

@@ -91,7 +91,7 @@ void add_plan(CLI::App& app, Action& action) {
   flags.group("Output");
   flags.toggle("--json", options->json, "Print one JSON object");
   flags.toggle("--segments", options->segments,
-               "List every segment, even when there are more than 10,000");
+               "List all segments: above 16 documents or ranks too; with --json, above 10,000 too");
   flags.text("--svg", options->svg, "FILE", "Draw who owns what over the causal triangles");
   command->footer(
       "Examples:\n"

@@ -13,7 +13,8 @@ namespace zigzag::cli {
 namespace {
 
 constexpr std::int64_t kTableRanks = 64;
-constexpr std::int64_t kTableDocuments = 16;
+constexpr std::int64_t kListedDocuments = 16;  // as the help of --segments says
+constexpr std::int64_t kListedRanks = 16;
 
 // Non-empty chunks of all ranks: a document of L tokens has min(L, 2 x ranks) of them.
 std::int64_t count_segments(const Plan& plan) {
@@ -38,10 +39,6 @@ void for_each_segment(const Plan& plan, std::int64_t rank, F f) {
 }
 
 void write(const fmt::memory_buffer& text) { std::fwrite(text.data(), 1, text.size(), stdout); }
-
-std::string plural(std::int64_t count, std::string_view noun) {
-  return fmt::format("{} {}{}", count_text(count), noun, count == 1 ? "" : "s");
-}
 
 }  // namespace
 
@@ -144,10 +141,11 @@ void print_json(const Plan& plan, const PlanReport& report, bool all_segments) {
 
 void print_table(const Plan& plan, const PlanReport& report, bool all_segments) {
   for (const std::string& note : report.notes) fmt::print("Note: {}.\n", note);
-  fmt::print("{}, {} over {}; {} query heads, {} KV heads, head_dim {}, {}; {}\n",
+  fmt::print("{}, {} over {}; {}, {}, head_dim {}, {}; {}\n",
              plural(plan.num_documents(), "document"), plural(plan.total_tokens(), "token"),
-             plural(plan.world_size(), "rank"), report.heads, report.kv_heads, report.head_dim,
-             dtype_name(report.dtype), mask_text(report.mask));
+             plural(plan.world_size(), "rank"), plural(report.heads, "query head"),
+             plural(report.kv_heads, "KV head"), report.head_dim, dtype_name(report.dtype),
+             mask_text(report.mask));
   fmt::print("Balance {:.5f} (mean FLOPs of a rank / FLOPs of the busiest)\n\n", report.balance);
 
   fmt::print("{:>6} {:>13} {:>15} {:>9} {:>16} {:>14}\n", "rank", "chunks", "tokens", "work",
@@ -180,8 +178,8 @@ void print_table(const Plan& plan, const PlanReport& report, bool all_segments) 
                seconds_text(p.backward_compute), seconds_text(p.backward_exchange));
   }
 
-  if (!all_segments && (plan.num_documents() > kTableDocuments || ranks > 16)) {
-    fmt::print("\n{} segments; --segments lists them.\n", count_text(report.segments));
+  if (!all_segments && (plan.num_documents() > kListedDocuments || ranks > kListedRanks)) {
+    fmt::print("\n{}; --segments lists them.\n", plural(report.segments, "segment"));
     return;
   }
   fmt::print("\nGlobal tokens of each rank's rows, in their order (document.chunk: begin-end):\n");

@@ -7,6 +7,7 @@
 
 #include <fmt/format.h>
 
+#include "plan_captions.h"
 #include "text.h"
 
 namespace zigzag::cli {
@@ -96,13 +97,8 @@ class Picture {
                      count_text(plan_.num_documents()), plan_.num_documents() == 1 ? "" : "s",
                      count_text(plan_.total_tokens()), count_text(ranks_), ranks_ == 1 ? "" : "s"),
          "start", "bold");
-    const std::array<std::string, 2> lines{
-        fmt::format("Every document is cut into {} chunks of equal length. Rank r owns chunk r, "
-                    "early and cheap, and chunk {} - r, late and costly:",
-                    count_text(2 * ranks_), count_text(2 * ranks_ - 1)),
-        fmt::format("together they hold equally many tokens on every rank. Mask: {}. Balance of "
-                    "the work: {:.4f} (mean / most FLOPs).",
-                    mask_text(report_.mask), report_.balance)};
+    const std::array<std::string, 2> lines{cut_caption(plan_),
+                                           owner_caption(plan_, report_.mask, report_.balance)};
     for (const std::string& line : lines) {
       y_ += 18;
       text(kMargin, y_ + 4, 12, "#333333", line);
@@ -129,13 +125,10 @@ class Picture {
 
   void documents() {
     const std::vector<std::int64_t> chosen = chosen_documents();
-    const bool all = static_cast<std::int64_t>(chosen.size()) == plan_.num_documents();
     heading("Who computes what: a row is a query, a column a key that it may see",
             fmt::format("A row has the colour of its rank; numbers are chunks. {}{}",
-                        all ? ""
-                            : fmt::format("Shown: {} of {} documents, long to short. ",
-                                          chosen.size(), count_text(plan_.num_documents())),
-                        chosen.size() > 1 ? "Sides follow the square root of the length." : ""));
+                        choice_caption(plan_, chosen.size()),
+                        chosen.size() > 1 ? "Side: square root of the length." : ""));
     if (chosen.empty()) {
       y_ += 30;
       text(kMargin, y_, 13, "#555555", "The pack holds no token.");
@@ -171,9 +164,12 @@ class Picture {
     const std::array<std::string, 5> lines{
         "How to read it", "- The last row is the last token: it sees the whole document.",
         "- The first row is the first token: it sees only itself.",
-        "- The coloured area of a rank is its work: one small",
-        "   and one large chunk make the same area on every rank."};
-    if (!report_.mask.causal || report_.mask.window_left >= 0) return;
+        "- The coloured area of a rank is its work, of one small",
+        divides_evenly(plan_)
+            ? "   and one large chunk: the same area on every rank."
+            : fmt::format("   and one large chunk: the mean is {:.4g}% of the largest area.",
+                          100 * report_.balance)};
+    if (!sees_all_before(report_.mask)) return;
     for (std::size_t i = 0; i < lines.size(); ++i) {
       text(x, top + 14 + 20 * static_cast<double>(i), 12.5, "#333333", lines[i], "start",
            i == 0 ? "bold" : "normal");

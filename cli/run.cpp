@@ -222,7 +222,7 @@ void add_run(CLI::App& app, Action& action) {
       "  zigzag run --lengths 4096,1000,0,77 --ranks 3 --heads 6 --kv-heads 3 --dtype bfloat16 \\\n"
       "      --check --json\n"
       "  zigzag run --input qkv.safetensors --ranks 2 --output out.safetensors\n"
-      "  mpirun -n 4 zigzag run --comm mpi --lengths 8192 --check");
+      "  mpirun -n 2 zigzag run --comm mpi --lengths 8192 --check");
   command->callback([options, &action] { action = [options] { return run(*options); }; });
 }
 

@@ -44,6 +44,14 @@ Totals totals_of(const RunReport& report) {
   return totals;
 }
 
+std::vector<std::string> notes_of(const RunReport& report) {
+  std::vector<std::string> notes = report.job->source->notes();
+  if (report.check) {
+    notes.insert(notes.end(), report.check->notes.begin(), report.check->notes.end());
+  }
+  return notes;
+}
+
 // JSON has no infinity.
 nlohmann::ordered_json number(double value) {
   if (!std::isfinite(value)) return nullptr;
@@ -102,24 +110,35 @@ void print_memory(const RunReport& report) {
   fmt::print("\nPeak resident memory of {}: {}\n",
              report.group->is_mpi() ? "the largest process" : "this process with all ranks",
              bytes_text(m.peak));
-  const auto line = [](double bytes, const std::string& what) {
-    if (bytes > 0) fmt::print("  {:>12}  {}\n", bytes_text(bytes), what);
+  const auto always = [](double bytes, const std::string& what) {
+    fmt::print("  {:>12}  {}\n", bytes_text(bytes), what);
+  };
+  const auto line = [&](double bytes, const std::string& what) {
+    if (bytes > 0) always(bytes, what);
   };
   line(m.inputs, report.job->backward ? "q, k, v, dout" : "q, k, v");
   line(m.results, report.job->backward ? "out, lse, dq, dk, dv" : "out, lse");
-  line(m.whole, "results in global order, for --check");
   const std::int64_t kv_heads = report.job->source->shape().kv_heads;
   line(m.gathered, fmt::format("gathered K and V, {} of {} KV heads at a time", m.stage, kv_heads));
   line(m.partials,
        fmt::format("dK and dV in float32, {} of {} KV heads at a time, before the sum over ranks",
                    m.stage, kv_heads));
-  const double named = m.inputs + m.results + m.whole + m.gathered + m.partials;
-  line(std::max(0.0, m.peak - named),
-       "program, threads, tables, scratch, and float32 sums of a few documents and KV heads");
+  always(m.rest(),
+         "program, threads, tables, scratch, and float32 sums of a few documents and KV heads");
   fmt::print("All but the last are linear in the tokens; nothing grows with their square.\n");
+  if (m.whole > 0) {
+    fmt::print(
+        "Measured before --check, which adds {} of results in global order, as much of one rank's, "
+        "and the\nfloat64 reference.\n",
+        bytes_text(m.whole));
+  }
 }
 
 }  // namespace
+
+double MemoryReport::rest() const {
+  return std::max(0.0, peak - inputs - results - gathered - partials);
+}
 
 MemoryReport measure_memory(const Job& job, const Group& group,
                             const std::vector<RankTimes>& times) {
@@ -195,10 +214,11 @@ void print_run_json(const RunReport& report) {
   json["peak_resident_bytes"] = report.memory.peak;
   json["memory"] = {{"inputs_bytes", report.memory.inputs},
                     {"results_bytes", report.memory.results},
-                    {"whole_results_bytes", report.memory.whole},
                     {"gathered_bytes", report.memory.gathered},
-                    {"partials_bytes", report.memory.partials}};
-  json["notes"] = job.source->notes();
+                    {"partials_bytes", report.memory.partials},
+                    {"rest_bytes", report.memory.rest()}};
+  json["check_results_bytes"] = report.memory.whole;
+  json["notes"] = notes_of(report);
   auto ranks = nlohmann::ordered_json::array();
   for (std::int64_t r = 0; r < report.group->size(); ++r) {
     const RankTimes& times = report.times[static_cast<std::size_t>(r)];
@@ -226,14 +246,13 @@ void print_run_summary(const RunReport& report) {
   const Job& job = *report.job;
   const io::ModelShape& shape = job.source->shape();
   const Totals totals = totals_of(report);
-  for (const std::string& note : job.source->notes()) fmt::print("Note: {}.\n", note);
-  fmt::print(
-      "{} documents, {} tokens over {} ranks ({}, {}); {} query heads, {} KV heads, "
-      "head_dim {}, {}; {}\n\n",
-      count_text(job.plan->num_documents()), count_text(job.plan->total_tokens()),
-      report.group->size(), report.group->comm(), report.group->device(), shape.heads,
-      shape.kv_heads, shape.head_dim, dtype_name(job.source->dtype()),
-      mask_text(job.attention.mask));
+  for (const std::string& note : notes_of(report)) fmt::print("Note: {}.\n", note);
+  fmt::print("{}, {} over {} ({}, {}); {}, {}, head_dim {}, {}; {}\n\n",
+             plural(job.plan->num_documents(), "document"),
+             plural(job.plan->total_tokens(), "token"), plural(report.group->size(), "rank"),
+             report.group->comm(), report.group->device(), plural(shape.heads, "query head"),
+             plural(shape.kv_heads, "KV head"), shape.head_dim, dtype_name(job.source->dtype()),
+             mask_text(job.attention.mask));
   fmt::print("{:<9} {:>10} {:>14} {:>9}\n", "", "time", "work", "TFLOP/s");
   fmt::print("{:<9} {:>10} {:>14} {:>9.4f}\n", "forward", seconds_text(totals.forward),
              scaled_text(totals.forward_flops, "FLOP"), totals.forward_tflops());

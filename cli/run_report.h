@@ -12,10 +12,13 @@ struct MemoryReport {
   double peak = 0;         // resident, measured before any check
   double inputs = 0;       // q, k, v, dout
   double results = 0;      // out, lse, dq, dk, dv
-  double whole = 0;        // results kept in global order for a check
+  double whole = 0;        // results in global order for a check, which are not in the peak
   double gathered = 0;     // K and V of a stage
   double partials = 0;     // dK and dV of a stage in float32
   std::int64_t stage = 0;  // KV heads of a stage
+
+  /// What of the peak has no name above.
+  double rest() const;
 };
 
 /// What a run says at its end.

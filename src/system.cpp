@@ -18,7 +18,8 @@ namespace {
 // One component whose text comes from code that may fail.
 Component probe(std::string name, const std::function<std::string()>& detail) {
   try {
-    return {std::move(name), true, detail()};
+    std::string text = detail();
+    return {std::move(name), true, std::move(text)};
   } catch (const std::exception& error) {
     return {std::move(name), false, error.what()};
   } catch (...) {

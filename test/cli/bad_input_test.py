@@ -87,6 +87,7 @@ FLAGS = [
     ("too many tokens", "plan --lengths 281474976710656,1 --ranks 2"),
     ("0 heads", "run --lengths 5 --ranks 2 --heads 0"),
     ("KV heads that do not divide the heads", "run --lengths 5 --ranks 2 --heads 6 --kv-heads 4"),
+    ("heads that the default KV heads do not divide", "run --lengths 5 --ranks 2 --heads 7"),
     ("more KV heads than heads", "plan --lengths 5 --ranks 2 --heads 2 --kv-heads 4"),
     (
         "stage that does not divide the KV heads",

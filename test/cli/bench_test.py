@@ -1,5 +1,6 @@
 """zigzag bench: every benchmark runs, verifies its results and prints its columns."""
 
+import re
 import sys
 
 import support
@@ -112,6 +113,22 @@ class DoctorTest(CommandTest):
         self.assertEqual(doctor["environment"], {"ZIGZAG_NUM_THREADS": "none"})
         broken = [c for c in doctor["components"] if not c["available"]]
         self.assertIn("ZIGZAG_NUM_THREADS is 'none'", " ".join(c["detail"] for c in broken))
+
+    def test_a_wrong_variable_fails_the_part_that_reads_it(self):
+        for part, variable, value in (
+            ("threads", "ZIGZAG_NUM_THREADS", "0"),
+            ("CPU", "ZIGZAG_CPU_TARGET", "foo"),
+        ):
+            finished = self.zigzag("doctor", env={variable: value})
+            self.assertEqual(finished.code, 1, variable)
+            self.assertIn(f"  FAIL {part}: {variable} is '{value}'", finished.out)
+
+    def test_it_lists_every_variable_of_the_docs(self):
+        table = (support.REPOSITORY / "docs/cli.md").read_text().partition("## Environment var")[2]
+        names = set(re.findall(r"`(ZIGZAG_[A-Z_]+)`", table))
+        self.assertGreater(len(names), 10)
+        text = self.zigzag("doctor", env=dict.fromkeys(names, "1")).out
+        self.assertEqual([name for name in sorted(names) if f"  {name}=1\n" not in text], [])
 
     def test_text(self):
         text = self.passes("doctor").out

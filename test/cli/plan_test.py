@@ -141,6 +141,23 @@ class PlanTest(CommandTest):
                 self.assertNotRegex(path.read_text(), r"\b(nan|inf)\b")
         self.assertEqual(sorted(p.suffix for p in self.folder.iterdir()), [".svg"] * len(packs))
 
+    def test_captions_are_true_of_the_pack(self):
+        cases = (
+            ("64", 4, "8 chunks of equal length; a rank holds 16 tokens."),
+            ("64", 4, "the same area on every rank"),
+            ("5", 4, "lengths differ by at most a token; a rank holds 1 to 2 tokens."),
+            ("5", 4, "the mean is 62.5% of the largest area"),
+            ("0,0,1", 3, "a rank holds 0 to 1 token."),
+            ("0,0,1", 3, "Shown: 1 of 3 documents, all that are not empty."),
+            ("9,1,5,3,2,8", 2, "Shown: 4 of 6 documents, longest and shortest included."),
+        )
+        for lengths, ranks, caption in cases:
+            path = self.folder / "a.svg"
+            self.passes("plan", "--lengths", lengths, "--ranks", ranks, "--svg", path.name)
+            self.assertIn(caption, path.read_text(), (lengths, ranks))
+        self.passes("plan", "--lengths", "64", "--ranks", 2, "--window", 3, "--svg", "a.svg")
+        self.assertNotIn("costly", path.read_text())
+
     def test_picture_replaces_what_stands_there_only_on_success(self):
         path = self.folder / "a.svg"
         path.write_text("before")
@@ -150,6 +167,20 @@ class PlanTest(CommandTest):
         self.assertEqual(path.read_text(), "before")
         self.passes("plan", "--lengths", "9", "--ranks", 2, "--svg", "a.svg")
         self.assertIn("<svg", path.read_text())
+
+
+class LimitTest(CommandTest):
+    def test_the_default_of_max_tokens_can_be_given(self):
+        pack = ("plan", "--lengths", "30,50", "--ranks", 2)
+        self.assertEqual(self.passes(*pack, "--max-tokens", -1).out, self.passes(*pack).out)
+
+    def test_segments_are_listed_up_to_the_limits_of_the_help(self):
+        text = " ".join(self.passes("plan", "--help").out.split())
+        self.assertIn("above 16 documents or ranks too; with --json, above 10,000 too", text)
+        for documents, ranks, listed in ((16, 16, True), (17, 1, False), (1, 17, False)):
+            lengths = ",".join(["99"] * documents)
+            table = self.passes("plan", "--lengths", lengths, "--ranks", ranks).out
+            self.assertEqual("document.chunk" in table, listed, (documents, ranks))
 
 
 class HelpTest(CommandTest):

@@ -1,6 +1,7 @@
 """zigzag run: JSON, the check over world sizes and types, output files, interruption, MPI."""
 
 import os
+import re
 import shutil
 import signal
 import struct
@@ -50,10 +51,31 @@ class RunTest(CommandTest):
                     "run", "--lengths", "6000,2000,192", "--ranks", world, "--dtype", dtype,
                     "--heads", 8, "--kv-heads", 8, "--head-dim", 128, "--json",
                 ).json()  # fmt: skip
-                rest = run["peak_resident_bytes"] - sum(run["memory"].values())
-                self.assertLess(rest, (64 << 20) + threads * (8 << 20), (dtype, world))
+                self.assertEqual(run["peak_resident_bytes"], sum(run["memory"].values()))
+                self.assertLess(
+                    run["memory"]["rest_bytes"], (64 << 20) + threads * (8 << 20), (dtype, world)
+                )
                 for part in ("gathered_bytes", "partials_bytes"):
                     self.assertEqual(run["memory"][part], 0, "rank threads read in place")
+
+    def test_parts_of_the_memory_add_up_to_the_peak(self):
+        """With --check too, whose results come after the peak; the rest is the last line."""
+        units = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+        arguments = ("run", "--lengths", "900,40", "--ranks", 2, "--heads", 4, "--head-dim", 256)
+        for check in ([], ["--check"]):
+            run = self.passes(*arguments, *check, "--json").json()
+            self.assertEqual(run["peak_resident_bytes"], sum(run["memory"].values()))
+            self.assertEqual(run["check_results_bytes"] > 0, bool(check))
+            text = self.passes(*arguments, *check).out
+            peak, parts = re.search(
+                r"Peak resident memory of .*: (.*)\n((?:  .*\n)+)All but the last", text
+            ).groups()
+            lines = [re.match(r" +([0-9.e+]+) (\w+)  (.*)", line) for line in parts.splitlines()]
+            total = sum(float(line[1]) * units[line[2]] for line in lines)
+            value, unit = peak.split()
+            self.assertAlmostEqual(total / (float(value) * units[unit]), 1, delta=0.01)
+            self.assertTrue(lines[-1][3].startswith("program, threads, tables"), text)
+            self.assertEqual("Measured before --check" in text, bool(check))
 
     def test_check_passes_for_every_world_size_and_type(self):
         documents_of(self.folder)
@@ -219,12 +241,26 @@ class RunTest(CommandTest):
             dtype, shape, data = tensors[name]
             tensors[name] = (dtype, shape, struct.pack("<f", float(value)) + data[4:])
             (self.folder / "in.safetensors").write_bytes(support.safetensors_bytes(tensors))
-            check = self.passes(
-                "run", "--input", "in.safetensors", "--ranks", 2, "--check", "--json"
-            ).json()["check"]
+            arguments = ("run", "--input", "in.safetensors", "--ranks", 2, "--check")
+            run = self.passes(*arguments, "--json").json()
+            check = run["check"]
+            cause = f"; of the inputs, NaN or infinite elements: 1 of {name}"
+            notes = [note for note in run["notes"] if note.endswith(cause)]
+            self.assertEqual(len(notes), 1, run["notes"])
+            self.assertIn(f"Note: {notes[0]}.\n", self.passes(*arguments).out)
             # Rows without it are held to the bounds: no error at all would be no comparison.
             self.assertGreater(check["dq_relative_l2"], 0, f"{value} in {name}")
             self.assertGreater(check["dk_relative_l2"], 0, f"{value} in {name}")
+
+    def test_nan_of_the_results_is_counted(self):
+        tensors = support.pack_file([3], dout=False)
+        dtype, shape, data = tensors["v"]
+        # One element of the last token and its KV head, seen by one query of two heads.
+        tensors["v"] = (dtype, shape, data[:-4] + struct.pack("<f", float("nan")))
+        (self.folder / "in.safetensors").write_bytes(support.safetensors_bytes(tensors))
+        arguments = ("run", "--input", "in.safetensors", "--ranks", 2)
+        note = "out holds 2 NaN; of the inputs, NaN or infinite elements: 1 of v"
+        self.assertEqual(self.passes(*arguments, "--check", "--json").json()["notes"], [note])
 
     def test_seed_decides_the_inputs(self):
         outputs = []
@@ -295,8 +331,7 @@ class RunTest(CommandTest):
         for tokens in (4096, 8192):
             run = self.passes("run", "--lengths", tokens, "--ranks", 4, "--json").json()
             peaks.append(run["peak_resident_bytes"])
-            named = sum(run["memory"].values())
-            self.assertLess(run["peak_resident_bytes"], named + (400 << 20))
+            self.assertLess(run["memory"]["rest_bytes"], 400 << 20)
         self.assertLess(peaks[1], 2.6 * peaks[0])
 
 
