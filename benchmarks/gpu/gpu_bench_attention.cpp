@@ -221,9 +221,8 @@ void bench_compute(nlohmann::json& report, int world_size) {
       {"forward_per_s", 1 / worst.attend},
       {"both_per_s", 1 / (worst.attend + worst.attend_backward)}};
   std::printf(
-      "compute    W %d, a rank alone on the GPU: fwd %.3f ms bwd %.3f ms; without exchanges %.0f "
-      "and "
-      "%.1f steps a second\n",
+      "compute    W %d, a rank alone on the GPU: fwd %.3f ms bwd %.3f ms; "
+      "without exchanges %.0f and %.1f steps a second\n",
       world_size, 1e3 * worst.attend, 1e3 * worst.attend_backward, 1 / worst.attend,
       1 / (worst.attend + worst.attend_backward));
 }

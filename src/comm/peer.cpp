@@ -129,7 +129,12 @@ class PeerTransport final : public Transport {
         }
         cuda::sum_rows(
             sources, partials[t].dtype, 1, destinations[t], key,
-            [&] { return sum_table(table, shown.packed); }, stream);
+            [&] {
+              return sum_table(table, [&](int, std::int64_t packed_row, const Segment& segment) {
+                return shown.packed ? packed_row : segment.destination_row;
+              });
+            },
+            stream);
       }
     }
     hide_partials(shown, step, stream);
@@ -190,15 +195,9 @@ class PeerTransport final : public Transport {
     const auto scope = span("add up partials", as_stream(queue.stream));
     const cuda::TableKey key{list_key(table, kAddUp), 0, 32};
     const auto build = [&] {
-      std::vector<cuda::SumPart> parts;
-      for (int r = 0; r < size(); ++r) {
-        for (const Segment& segment : table.sends[static_cast<std::size_t>(r)]) {
-          const std::int64_t row =
-              r == rank() ? segment.destination_row : fetched_row(r, table) + segment.source_row;
-          parts.push_back({r, segment.source_row, row, segment.rows});
-        }
-      }
-      return cuda::make_sum_table(parts, size(), table.local_tokens);
+      return sum_table(table, [&](int r, std::int64_t, const Segment& segment) {
+        return fetched_row(r, table) + segment.source_row;
+      });
     };
     for (std::size_t t = 0; t < partials.size(); ++t) {
       std::vector<const void*> sources(static_cast<std::size_t>(size()), fetched[t].data);
@@ -387,16 +386,16 @@ class PeerTransport final : public Transport {
     return (peer - (peer > rank() ? 1 : 0)) * table.local_tokens;
   }
 
-  /// Where the rows that add up to a local row lie in each rank's partials; `packed`: in the rows
-  /// that the rank packed for this one.
-  cuda::SumTable sum_table(const ExchangeTable& table, bool packed) const {
+  /// Where the rows that add up to a local row lie: in this rank's own partials, and where
+  /// `row_of(rank, row in the order of that rank's list, segment)` says for the others'.
+  template <typename RowOf>
+  cuda::SumTable sum_table(const ExchangeTable& table, const RowOf& row_of) const {
     std::vector<cuda::SumPart> parts;
     for (int r = 0; r < size(); ++r) {
       std::int64_t row = 0;
       for (const Segment& segment : table.sends[static_cast<std::size_t>(r)]) {
-        const bool own = r == rank();
-        parts.push_back(
-            {r, segment.source_row, packed && !own ? row : segment.destination_row, segment.rows});
+        const std::int64_t from = r == rank() ? segment.destination_row : row_of(r, row, segment);
+        parts.push_back({r, segment.source_row, from, segment.rows});
         row += segment.rows;
       }
     }
