@@ -13,6 +13,7 @@ from torch import Tensor
 from zigzag_attention import _core, _torch
 from zigzag_attention._arrays import Indices, IntArray, index_array
 from zigzag_attention._checks import Options
+from zigzag_attention._distributed import keep
 from zigzag_attention.communicator import Communicator, Group, communicator_of
 from zigzag_attention.helpers import llama3_flash_attn_prepare_cu_seqlens
 from zigzag_attention.plan import Plan
@@ -67,11 +68,23 @@ def _exchange(x: Tensor, table: Table, to_zigzag: bool, group: Any) -> Tensor:
     # Bytes, because not every backend moves every type.
     send = x.index_select(0, torch.from_numpy(taken).to(x.device)).contiguous()
     received = x.new_empty((len(placed), *x.shape[1:]))
-    dist.all_to_all_single(
-        received.view(torch.uint8), send.view(torch.uint8), placed_counts, taken_counts, group=group
+    on_host = x.device.type == "cpu"
+    work = dist.all_to_all_single(
+        received.view(torch.uint8),
+        send.view(torch.uint8),
+        placed_counts,
+        taken_counts,
+        group=group,
+        async_op=on_host,
     )
+    if on_host:
+        keep(work).wait()
     out = torch.empty_like(received)
     out[torch.from_numpy(placed).to(x.device)] = received
+    if on_host:
+        # The work holds the tensors, but their memory it needs no more.
+        send.untyped_storage().resize_(0)
+        received.untyped_storage().resize_(0)
     return out
 
 

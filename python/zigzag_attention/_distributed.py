@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,9 @@ from zigzag_attention.communicator import Communicator
 _POLL = datetime.timedelta(milliseconds=100)
 # The key of the group's store under which a rank that failed says so.
 _FAILED = "zigzag/failed"
+# The newest pieces of work, see `keep`. One reference too many: it outlives the interpreter.
+_kept: deque[Any] = deque(maxlen=16)
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(_kept))
 _communicators: weakref.WeakKeyDictionary[Any, Communicator] = weakref.WeakKeyDictionary()
 
 
@@ -68,12 +73,22 @@ def _resolve_process_group(name: str) -> dist.ProcessGroup:
     return resolve(name)
 
 
+def keep(work: Any) -> Any:
+    """The work of a collective, which lives until many more were kept, or the process ends.
+
+    A thread of gloo holds it, too, for a moment after it is done. Were that thread the last to let
+    go, it would want the GIL to give tensors back; and if the interpreter has begun to end by then,
+    Python up to 3.13 unwinds the thread, and the process aborts instead of exiting with its code.
+    """
+    _kept.append(work)
+    return work
+
+
 class _Collectives:
     """What the library calls: two exchanges of bytes of host memory, and the news of a failure."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._failure = ""
-        self._kept: tuple[torch.Tensor, ...] = ()
         self._rank = dist.get_rank(group)
         self._size = dist.get_world_size(group)
         # Weak, because the table above must not keep its own keys alive.
@@ -90,8 +105,7 @@ class _Collectives:
         )
 
     def all_gather(self, data: NDArray[Any], out: NDArray[Any]) -> None:
-        # Messages are short. When one is given up, gloo may still write to where it was to go; and
-        # memory of torch's own is let go of by any thread.
+        # Messages are short. When one is given up, gloo may still write to where it was to go.
         given, received = torch.from_numpy(data).clone(), torch.empty(out.size, dtype=torch.uint8)
         self._wait(
             "all_gather",
@@ -107,9 +121,6 @@ class _Collectives:
         receive_bytes: list[int],
     ) -> None:
         given, received = torch.from_numpy(send), torch.from_numpy(receive)
-        # A thread of gloo that let go of them last would want the GIL, perhaps of an interpreter
-        # that is ending.
-        self._kept = (given, received)
         self._wait(
             "all_to_all",
             lambda group: dist.all_to_all_single(
@@ -146,7 +157,7 @@ class _Collectives:
         seconds = _core.timeout_seconds()
         deadline = time.monotonic() + seconds
         try:
-            work = start(group)
+            work = keep(start(group))
             while not _wait_briefly(work):
                 self._failure = self._news()
                 if self._failure:

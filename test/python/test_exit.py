@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from ranks import Processes
 
 SCRIPT = """
 import sys, threading, time
@@ -42,3 +43,36 @@ def test_daemon_threads_do_not_change_the_exit_code(ranks: int, delay: float) ->
         check=False,
     )
     assert (ended.returncode, ended.stderr) == (7, "")
+
+
+# Before the last collective the main thread takes to keeping the GIL: who wants it only waits.
+LAST_CALL = """
+plan = z.Plan.from_lengths([64, 192], size)
+rows = plan.local_tokens(rank)
+q, k, v = (torch.randn(rows, 2, 32, requires_grad=True) for _ in range(3))
+cu_seqlens = torch.tensor([0, 64, 256], dtype=torch.int32)
+for last in (False, True):
+    {forward}
+    if last:
+        sys.setswitchinterval(100)
+    out.sum().backward()
+dist.destroy_process_group()
+sys.exit(7)
+"""
+FORWARD = {
+    "zigzag": "out = z.attention(q, k, v, plan)",
+    "contiguous": """
+    own = z.ring_flash_attn.llama3_flash_attn_prepare_cu_seqlens(cu_seqlens, True, rank, size)
+    out = z.ring_flash_attn.llama3_flash_attn_varlen_func(
+        q, k, v, *own[:4], heads_k_stride=1, local_k_slice=own[4], causal=True
+    )""",
+}
+
+
+@pytest.mark.parametrize("layout", FORWARD)
+def test_exchanges_just_before_the_end_do_not_change_the_exit_code(layout: str) -> None:
+    """A thread of gloo that still holds what it exchanged must not want the GIL."""
+    script = "import zigzag_attention.ring_flash_attn\n" + LAST_CALL.format(forward=FORWARD[layout])
+    for _ in range(3):
+        for end in Processes(2, script).wait():
+            assert end.code == 7, end.output
