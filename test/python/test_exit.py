@@ -76,3 +76,20 @@ def test_exchanges_just_before_the_end_do_not_change_the_exit_code(layout: str) 
     for _ in range(3):
         for end in Processes(2, script).wait():
             assert end.code == 7, end.output
+
+
+OWN_COLLECTIVES = """
+plan = z.Plan.from_lengths([64, 192], size)
+q = torch.randn(plan.local_tokens(rank), 2, 32)
+z.attention(q, q, q, plan)
+sys.setswitchinterval(100)
+for _ in range(20):
+    dist.all_gather_object([None] * size, rank)
+dist.destroy_process_group()
+sys.exit(7)
+"""
+
+
+def test_collectives_of_the_caller_do_not_change_the_exit_code_either() -> None:
+    for end in Processes(4, OWN_COLLECTIVES).wait():
+        assert end.code == 7, end.output
