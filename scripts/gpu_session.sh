@@ -2,7 +2,7 @@
 # Runs the GPU programs of build/gpu_carry (made by scripts/gpu_pack) on a machine with GPUs: logs
 # and JSON go to $OUT (default build/gpu_out), a short summary is printed last. A part that fails
 # does not stop the others.
-#   scripts/gpu_session.sh test|processes|kill|run|single|ranks|real|timeline|profile|sanitize...
+#   scripts/gpu_session.sh test|processes|kill|run|single|masks|ranks|real|timeline|profile|sanitize...
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 OUT="${OUT:-build/gpu_out}"
@@ -54,6 +54,16 @@ for what in "$@"; do
       part cudnn_direct 90 python3 benchmarks/gpu/cudnn_direct.py "${OUT}/cudnn_direct.json"
       part bench_single 150 "${carry}/gpu_bench" --json "${OUT}/bench_single.json" copy layout attention float32
       ;;
+    masks)
+      # head_dim 64, a window and a softcap with each engine that serves them; the others fall to the next.
+      for engine in hopper cudnn fma; do
+        pack=(--device cuda --ranks 1 --lengths 16384 --heads 32 --kv-heads 8 --dtype bfloat16 --repeat 7 --json)
+        part "d64_${engine}" 60 env ZIGZAG_GPU_ENGINE="${engine}" "${carry}/zigzag" bench attention "${pack[@]}" --head-dim 64
+        [[ "${engine}" == cudnn ]] && continue
+        part "window_${engine}" 60 env ZIGZAG_GPU_ENGINE="${engine}" "${carry}/zigzag" bench attention "${pack[@]}" --window 2048
+        part "softcap_${engine}" 60 env ZIGZAG_GPU_ENGINE="${engine}" "${carry}/zigzag" bench attention "${pack[@]}" --softcap 30
+      done
+      ;;
     ranks)
       part bench_peer 120 "${carry}/gpu_bench" --json "${OUT}/bench_peer.json" peer
       part bench_engine 60 env ZIGZAG_PEER_COPY=engine "${carry}/gpu_bench" peer
@@ -61,7 +71,7 @@ for what in "$@"; do
       part bench_nccl 120 "${carry}/gpu_bench" --json "${OUT}/bench_nccl.json" nccl
       ;;
     real)
-      part bench_real 150 "${carry}/gpu_bench" --json "${OUT}/bench_real.json" real
+      part bench_real 240 "${carry}/gpu_bench" --json "${OUT}/bench_real.json" real
       ;;
     timeline)
       part timeline 60 "${carry}/zigzag" bench attention --device cuda --ranks 2 --lengths 16384 --heads 32 --kv-heads 8 --dtype bfloat16 --timeline "${OUT}/timeline.json"
@@ -76,6 +86,10 @@ for what in "$@"; do
       ;;
     sanitize)
       part memcheck 200 compute-sanitizer --tool memcheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter='GpuLayout.StridedAndUnaligned:GpuAttention.OneRankHeadGroups:GpuAttention.Stages:GpuAttention.PeerRanksManyDocuments'
+      # The tensor-core kernels: tensor maps, barriers in shared memory and warp groups that take turns.
+      part memcheck_16 200 env ZIGZAG_GPU_ENGINE=hopper compute-sanitizer --tool memcheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter='GpuAttention.PackedInputs:GpuAttention.PeerRanksBfloat16:GpuAttention.MasksOfWholeTiles'
+      part racecheck_16 200 env ZIGZAG_GPU_ENGINE=hopper compute-sanitizer --tool racecheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter='GpuAttention.PackedInputs'
+      part synccheck_16 100 env ZIGZAG_GPU_ENGINE=hopper compute-sanitizer --tool synccheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter='GpuAttention.PackedInputs'
       part racecheck 150 compute-sanitizer --tool racecheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter='GpuAttention.Softcap:GpuAttention.PeerRanksFloat32'
       # Kernels of the library alone: cuDNN's barriers are more than the tool can follow.
       part synccheck 150 compute-sanitizer --tool synccheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter='GpuAttention.Softcap:GpuAttention.PeerRanksFloat32:GpuLayout.StridedAndUnaligned'
