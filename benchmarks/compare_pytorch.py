@@ -256,6 +256,8 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, help="write the figures as JSON")
     parser.add_argument("--plot", type=pathlib.Path, help="draw the ratios; needs matplotlib")
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds is {options.rounds}; it must be at least 1")
     options.program = options.build / "zigzag"
     if not options.program.exists():
         parser.error(f"{options.program} is missing: build the preset 'default' first")
