@@ -1,6 +1,7 @@
 #include "attention_check.h"
 
 #include <cmath>
+#include <cstdint>
 #include <sstream>
 
 #include "plan_data.h"
@@ -48,6 +49,29 @@ void check_last_stride(const Named& tensor) {
     throw InvalidArgument("the last stride of " + std::string(tensor.name) + " is " +
                           text(tensor.view.strides.back()) +
                           "; it must be 1 (make the tensor contiguous along head_dim)");
+  }
+}
+
+/// Addresses and strides in elements of the type; a GPU faults on others.
+void check_alignment(const Named& tensor) {
+  const auto address = reinterpret_cast<std::uintptr_t>(tensor.view.data);
+  const int64_t size = item_size(tensor.view.dtype);
+  if (tensor.view.num_elements() > 0 && address % static_cast<std::uintptr_t>(size) != 0) {
+    throw InvalidArgument(std::string(tensor.name) + " starts at an address that is no multiple of " +
+                          text(size) + " bytes, the size of a " +
+                          std::string(dtype_name(tensor.view.dtype)));
+  }
+}
+
+/// What is written must not lie on itself.
+void check_own_elements(const Named& tensor) {
+  for (std::size_t dim = 0; dim < tensor.view.rank(); ++dim) {
+    if (tensor.view.num_elements() > 0 && tensor.view.shape[dim] > 1 &&
+        tensor.view.strides[dim] == 0) {
+      throw InvalidArgument(std::string(tensor.name) + " has stride 0 in dimension " +
+                            text(static_cast<int64_t>(dim)) +
+                            "; results need memory of their own for every element");
+    }
   }
 }
 
@@ -99,7 +123,10 @@ void check_inputs(const Named& q, const Named& k, const Named& v) {
     throw InvalidArgument("k has head_dim " + text(k.view.shape[2]) + " and q " + text(head_dim) +
                           "; they must be equal");
   }
-  for (const Named& tensor : {q, k, v}) check_last_stride(tensor);
+  for (const Named& tensor : {q, k, v}) {
+    check_last_stride(tensor);
+    check_alignment(tensor);
+  }
 }
 
 void check_rows(const Named& tensor, int64_t rows, const Plan& plan, int64_t rank) {
@@ -110,12 +137,18 @@ void check_rows(const Named& tensor, int64_t rows, const Plan& plan, int64_t ran
                         " tokens (cu_seqlens are those of the whole pack)");
 }
 
-void check_output(const Named& tensor, const Named& model) {
+void check_as(const Named& tensor, const Named& model) {
   check_dims(tensor, 3, "[tokens, heads, head_dim]");
   check_like(tensor, model, model.view.dtype);
   const std::string meaning = std::string("the shape of ") + model.name;
   check_shape(tensor, model.view.shape, meaning.c_str());
   check_last_stride(tensor);
+  check_alignment(tensor);
+}
+
+void check_output(const Named& tensor, const Named& model) {
+  check_as(tensor, model);
+  check_own_elements(tensor);
 }
 
 void check_lse(const Named& lse, const Named& q) {
@@ -123,6 +156,8 @@ void check_lse(const Named& lse, const Named& q) {
   check_like(lse, q, DType::kFloat32);
   const std::vector<int64_t> shape{q.view.shape[0], q.view.shape[1]};
   check_shape(lse, shape, "the tokens and heads of q");
+  check_alignment(lse);
+  check_own_elements(lse);
 }
 
 void check_options(const AttentionOptions& options, int64_t kv_heads) {
@@ -200,7 +235,7 @@ Problem check_backward(const TensorView& dout, const TensorView& q, const Tensor
   const Problem problem = check_forward(q, k, v, plan, communicator, options, out, lse);
   const Named named_q{"q", q};
   const Named named_k{"k", k};
-  check_output({"dout", dout}, named_q);
+  check_as({"dout", dout}, named_q);
   check_output({"dq", dq}, named_q);
   check_output({"dk", dk}, named_k);
   check_output({"dv", dv}, named_k);
@@ -273,7 +308,7 @@ void check_reference_backward(const TensorView& dout, const TensorView& q, const
   const Named named_q{"q", q};
   const Named named_k{"k", k};
   check_pack(cu_seqlens, named_q, named_k, {"v", v}, options);
-  check_output({"dout", dout}, named_q);
+  check_as({"dout", dout}, named_q);
   check_float64({"dq", dq}, q.shape, named_q);
   check_float64({"dk", dk}, k.shape, named_k);
   check_float64({"dv", dv}, k.shape, named_k);

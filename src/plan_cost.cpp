@@ -174,6 +174,13 @@ double Plan::balance(const Mask& mask) const {
 
 namespace {
 
+void check_row(int64_t kv_heads, int64_t head_dim, int64_t item_size) {
+  if (kv_heads >= 1 && head_dim >= 1 && item_size >= 1) return;
+  throw InvalidArgument("rows have " + std::to_string(kv_heads) + " KV heads, head_dim " +
+                        std::to_string(head_dim) + " and elements of " + std::to_string(item_size) +
+                        " bytes; each must be at least 1");
+}
+
 double kv_bytes(int64_t rows, int64_t kv_heads, int64_t head_dim, int64_t item_size) {
   return 2.0 * static_cast<double>(rows) * static_cast<double>(kv_heads) *
          static_cast<double>(head_dim) * static_cast<double>(item_size);
@@ -183,12 +190,14 @@ double kv_bytes(int64_t rows, int64_t kv_heads, int64_t head_dim, int64_t item_s
 
 double Plan::gathered_bytes(int64_t rank, int64_t kv_heads, int64_t head_dim, int64_t item_size,
                             const Mask& mask) const {
+  check_row(kv_heads, head_dim, item_size);
   // Every query sees its own key, so all of the rank's rows are among the gathered ones.
   return kv_bytes(gathered_tokens(rank, mask) - local_tokens(rank), kv_heads, head_dim, item_size);
 }
 
 std::vector<double> Plan::gathered_bytes_all(int64_t kv_heads, int64_t head_dim, int64_t item_size,
                                              const Mask& mask) const {
+  check_row(kv_heads, head_dim, item_size);
   const std::vector<int64_t> gathered = gathered_tokens_all(mask);
   std::vector<double> result;
   result.reserve(gathered.size());

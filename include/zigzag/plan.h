@@ -176,7 +176,8 @@ class Plan {
                const Mask& mask = {}) const;
   /// Mean over ranks of the FLOPs divided by their maximum; 1 is perfect; 1 for an empty pack.
   double balance(const Mask& mask = {}) const;
-  /// Bytes of K and V that a rank receives from other ranks in one forward.
+  /// Bytes of K and V that a rank receives from other ranks in one forward. Throws InvalidArgument
+  /// when kv_heads, head_dim or item_size (bytes of an element) is below 1.
   double gathered_bytes(std::int64_t rank, std::int64_t kv_heads, std::int64_t head_dim,
                         std::int64_t item_size, const Mask& mask = {}) const;
 

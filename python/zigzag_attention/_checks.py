@@ -135,8 +135,10 @@ def real(value: Any, name: str) -> float:
 
 def window(value: Any, name: str = "window") -> tuple[int, int]:
     """(left, right), each at least -1."""
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
+    if not isinstance(value, (tuple, list)):
         raise TypeError(f"{name} is {value!r}; it must be (left, right)")
+    if len(value) != 2:
+        raise ValueError(f"{name} is {value!r}; it must be (left, right)")
     left, right = integer(value[0], f"{name}[0]"), integer(value[1], f"{name}[1]")
     if left < -1 or right < -1:
         raise ValueError(

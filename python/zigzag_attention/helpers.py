@@ -268,7 +268,12 @@ def _prefix_chunks(seq_ranges: Sequence[tuple[int, int, int]], plan: Plan) -> li
             f"{plan.num_documents}"
         )
     chunks = []
-    for document, (start, end, index) in enumerate(seq_ranges):
+    for document, given in enumerate(seq_ranges):
+        if len(given) != 3:
+            raise ValueError(
+                f"seq_ranges[{document}] is {given}; it must be (start, end, max_chunk_idx)"
+            )
+        start, end, index = given
         first = int(plan._values[document])
         last = first + plan.chunk(document, int(index)).end
         if (int(start), int(end)) != (first, last):

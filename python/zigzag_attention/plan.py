@@ -43,22 +43,16 @@ class Plan:
         TypeError: world_size is not an integer.
     """
 
-    world_size: int
-    """Number of ranks."""
-    total_tokens: int
-    """Tokens of the whole pack."""
-    num_documents: int
-    """Documents of the pack, empty ones included."""
-
     def __init__(self, cu_seqlens: Indices, world_size: int) -> None:
         values = index_array(cu_seqlens, "cu_seqlens")
         world_size = integer(world_size, "world_size")
         if len(values) > 0 and (values[0] != 0 or (np.diff(values) < 0).any()):
             raise ValueError(_not_cumulative(values))
         self._core = _core.Plan(values, world_size)
-        self.world_size = self._core.world_size
-        self.total_tokens = self._core.total_tokens
-        self.num_documents = self._core.num_documents
+        # Kept here, because compiled code cannot trace calls into the library.
+        self._world_size = self._core.world_size
+        self._total_tokens = self._core.total_tokens
+        self._num_documents = self._core.num_documents
         self._values = self._core.cu_seqlens
         # Compiled code hands the pack on as a tensor, so that a new pack is no new graph.
         self._tensor: torch.Tensor | None = None
@@ -77,6 +71,21 @@ class Plan:
 
             self._tensor = torch.from_numpy(self._values.copy())
         return self._tensor
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self._world_size
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole pack."""
+        return self._total_tokens
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of the pack, empty ones included."""
+        return self._num_documents
 
     @property
     def cu_seqlens(self) -> IntArray:

@@ -162,11 +162,9 @@ void set_plan(Agreement& agreement, const Plan& plan) {
   agreement.world_size = plan.world_size();
 }
 
-void agree(Transport& transport, const Agreement& mine) {
-  if (transport.size() == 1) {
-    if (!mine.error.empty()) throw InvalidArgument(mine.error);
-    return;
-  }
+namespace {
+
+void agree_with_others(Transport& transport, const Agreement& mine) {
   const std::vector<Record> records = all_gather(transport, make_record(mine));
   const auto invalid = [](const Record& r) { return r.has_error != 0; };
   if (std::any_of(records.begin(), records.end(), invalid)) {
@@ -179,6 +177,25 @@ void agree(Transport& transport, const Agreement& mine) {
       transport.settle();
       throw CommunicationError(difference(records));
     }
+  }
+}
+
+}  // namespace
+
+void agree(Transport& transport, const Agreement& mine) {
+  if (transport.size() == 1) {
+    if (!mine.error.empty()) throw InvalidArgument(mine.error);
+    return;
+  }
+  try {
+    agree_with_others(transport, mine);
+  } catch (const InvalidArgument&) {
+    throw;
+  } catch (const std::exception& failure) {
+    // The caller's own mistake is what it can mend.
+    if (mine.error.empty()) throw;
+    throw InvalidArgument(fmt::format("{} (and the other ranks could not be told: {})", mine.error,
+                                      failure.what()));
   }
 }
 

@@ -1,5 +1,6 @@
 // Traps of arguments: every option is honoured or refused, and every malformed input gets one
 // sentence before any exchange. The sentences are the table docs/bad-inputs-cpp.md.
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <fstream>
@@ -68,6 +69,8 @@ struct Call {
   Tensor q, k, v, out, lse, dout, dq, dk, dv;
   AttentionOptions options;
   std::vector<int64_t> cu_seqlens{0, 5, 12};
+  bool odd_q = false;    // q's address
+  bool one_row = false;  // out's stride
 
   Call() {
     const std::vector<int64_t> q_shape{12, 4, 16};
@@ -77,7 +80,13 @@ struct Call {
     lse = Tensor(DType::kFloat32, {12, 4});
   }
   Plan plan() const { return {std::span<const int64_t>(cu_seqlens), 1}; }
-  void run() const { forward(q, k, v, plan(), forbidden(), options, out, lse); }
+  void run() const {
+    TensorView q_view = q;
+    TensorView out_view = out;
+    if (odd_q) q_view.data = static_cast<std::byte*>(q_view.data) + 1;
+    if (one_row) out_view.strides[0] = 0;
+    forward(q_view, k, v, plan(), forbidden(), options, out_view, lse);
+  }
   void run_backward() const {
     backward(dout, q, k, v, out, lse, plan(), forbidden(), options, dq, dk, dv);
   }
@@ -133,6 +142,10 @@ std::vector<BadInput> bad_packs() {
        [] {
          (void)Plan::from_lengths(Lengths{5}, 2).work_items(0, {true, -2, -1});
        }},
+      {"bytes of rows without heads",
+       [] {
+         (void)Plan::from_lengths(Lengths{5}, 2).gathered_bytes(0, 0, 8, 4);
+       }},
       {"a cost model without a rate",
        [] {
          predict(Plan::from_lengths(Lengths{5}, 2), {0, 1}, 1, 1, 8, 4);
@@ -187,6 +200,12 @@ std::vector<BadInput> bad_attention() {
        })},
       {"a last stride that is not 1", call([](Call& c) {
          c.q = f32({12, 4, 16, 2}).select(3, 0);
+       })},
+      {"`q` at an odd address", call([](Call& c) {
+         c.odd_q = true;
+       })},
+      {"rows of `out` that are one row", call([](Call& c) {
+         c.one_row = true;
        })},
       {"`out` in another type", call([](Call& c) {
          c.out = Tensor(DType::kBFloat16, {12, 4, 16});

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import zigzag_attention as z
 from ranks import Processes
 
 STEPS = """
@@ -52,6 +54,14 @@ def mismatched(repetition):
     for end in ended:
         assert end.code == SURVIVED, end.output
         assert "pack" in end.output or "plan" in end.output, end.output
+
+
+def test_a_mistake_is_named_even_when_no_peer_comes(monkeypatch):
+    monkeypatch.setenv("ZIGZAG_TIMEOUT_S", "0.5")
+    group, _peer = z.Communicator.threads(2)
+    x = np.zeros((8, 2, 16), np.float32)
+    with pytest.raises(ValueError, match="softmax_scale is nan; .* could not be told: rank 0 waited"):
+        z.attention(x, x, x, z.Plan([0, 16], 2), group, softmax_scale=float("nan"))
 
 
 REFUSALS = """

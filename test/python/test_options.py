@@ -34,7 +34,7 @@ OPTIONS = [
     ({"window": (1.5, 0)}, TypeError, r"window\[0\] is 1\.5; it must be an integer"),
     ({"window": (3.0, 0)}, TypeError, r"window\[0\] is 3\.0; it must be an integer"),
     ({"window": 3}, TypeError, r"window is 3; it must be \(left, right\)"),
-    ({"window": (3, 0, 0)}, TypeError, r"window is \(3, 0, 0\); it must be \(left, right\)"),
+    ({"window": (3, 0, 0)}, ValueError, r"window is \(3, 0, 0\); it must be \(left, right\)"),
     ({"window": (3, -2)}, ValueError, r"window is \(3, -2\); a side must be -1"),
     ({"softmax_scale": "x"}, TypeError, "softmax_scale is 'x'; it must be a number"),
     ({"softcap": None}, TypeError, "softcap is None; it must be a number"),
@@ -123,6 +123,8 @@ PLANS = [
     ),
     (lambda: Plan([0, 324, 70], 1), ValueError, r"decreases from 324 to 70 at .*from_lengths\("),
     (lambda: Plan([0, -4], 1), ValueError, r"decreases from 0 to -4 at .* L1, \.\.\.\]$"),
+    (lambda: PLAN.gathered_bytes(0, 2, -1, 4), ValueError, "head_dim -1 .* at least 1"),
+    (lambda: setattr(PLAN, "world_size", 2), AttributeError, "world_size"),
     (lambda: z.shard(np.array([None] * 16), PLAN, 0), ValueError, "holds Python objects"),
     (lambda: z.shard(np.zeros(16), [0, 16], 0), TypeError, "it must be a Plan"),
 ]
