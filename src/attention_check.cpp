@@ -57,9 +57,9 @@ void check_alignment(const Named& tensor) {
   const auto address = reinterpret_cast<std::uintptr_t>(tensor.view.data);
   const int64_t size = item_size(tensor.view.dtype);
   if (tensor.view.num_elements() > 0 && address % static_cast<std::uintptr_t>(size) != 0) {
-    throw InvalidArgument(std::string(tensor.name) + " starts at an address that is no multiple of " +
-                          text(size) + " bytes, the size of a " +
-                          std::string(dtype_name(tensor.view.dtype)));
+    throw InvalidArgument(std::string(tensor.name) +
+                          " starts at an address that is no multiple of " + text(size) +
+                          " bytes, the size of a " + std::string(dtype_name(tensor.view.dtype)));
   }
 }
 

@@ -194,8 +194,8 @@ void agree(Transport& transport, const Agreement& mine) {
   } catch (const std::exception& failure) {
     // The caller's own mistake is what it can mend.
     if (mine.error.empty()) throw;
-    throw InvalidArgument(fmt::format("{} (and the other ranks could not be told: {})", mine.error,
-                                      failure.what()));
+    throw InvalidArgument(
+        fmt::format("{} (and the other ranks could not be told: {})", mine.error, failure.what()));
   }
 }
 

@@ -42,8 +42,9 @@ void set_plan(Agreement& agreement, const Plan& plan);
 
 /// Compares the agreement of all ranks: one small all_gather, none with one rank. Returns when all
 /// are valid and equal; otherwise every rank throws. A rank with an `error` of its own throws it as
-/// InvalidArgument, also when its peers fail or never come; all others throw a CommunicationError whose one sentence, the same on each,
-/// names the ranks and the difference. No abort is needed after either, since every rank throws.
+/// InvalidArgument, also when its peers fail or never come; all others throw a CommunicationError
+/// whose one sentence, the same on each, names the ranks and the difference. No abort is needed
+/// after either, since every rank throws.
 void agree(Transport& transport, const Agreement& mine);
 
 }  // namespace zigzag::comm

@@ -143,9 +143,7 @@ std::vector<BadInput> bad_packs() {
          (void)Plan::from_lengths(Lengths{5}, 2).work_items(0, {true, -2, -1});
        }},
       {"bytes of rows without heads",
-       [] {
-         (void)Plan::from_lengths(Lengths{5}, 2).gathered_bytes(0, 0, 8, 4);
-       }},
+       [] { (void)Plan::from_lengths(Lengths{5}, 2).gathered_bytes(0, 0, 8, 4); }},
       {"a cost model without a rate",
        [] {
          predict(Plan::from_lengths(Lengths{5}, 2), {0, 1}, 1, 1, 8, 4);
@@ -201,12 +199,8 @@ std::vector<BadInput> bad_attention() {
       {"a last stride that is not 1", call([](Call& c) {
          c.q = f32({12, 4, 16, 2}).select(3, 0);
        })},
-      {"`q` at an odd address", call([](Call& c) {
-         c.odd_q = true;
-       })},
-      {"rows of `out` that are one row", call([](Call& c) {
-         c.one_row = true;
-       })},
+      {"`q` at an odd address", call([](Call& c) { c.odd_q = true; })},
+      {"rows of `out` that are one row", call([](Call& c) { c.one_row = true; })},
       {"`out` in another type", call([](Call& c) {
          c.out = Tensor(DType::kBFloat16, {12, 4, 16});
        })},
