@@ -165,7 +165,7 @@ def children_take_sigint():
 INTERRUPTED = """
 import os, signal, threading, time
 import torch
-
+import zigzag_attention as z
 {setup}
 threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 start = time.monotonic()
