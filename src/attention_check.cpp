@@ -157,7 +157,6 @@ void check_lse(const Named& lse, const Named& q) {
   const std::vector<int64_t> shape{q.view.shape[0], q.view.shape[1]};
   check_shape(lse, shape, "the tokens and heads of q");
   check_alignment(lse);
-  check_own_elements(lse);
 }
 
 void check_options(const AttentionOptions& options, int64_t kv_heads) {
@@ -211,19 +210,29 @@ Problem resolve(const Named& q, const Named& k, const Named& v, const Plan& plan
   return problem;
 }
 
+/// What forward and backward take alike; out and lse may be inputs.
+Problem check_call(const TensorView& q, const TensorView& k, const TensorView& v, const Plan& plan,
+                   const Communicator& communicator, const AttentionOptions& options,
+                   const TensorView& out, const TensorView& lse) {
+  const Named named_q{"q", q};
+  check_dims(named_q, 3, "[tokens, heads, head_dim]");
+  check_dims({"k", k}, 3, "[tokens, kv_heads, head_dim]");
+  check_dims({"v", v}, 3, "[tokens, kv_heads, head_dim]");
+  const Problem problem = resolve(named_q, {"k", k}, {"v", v}, plan, communicator, options);
+  check_as({"out", out}, named_q);
+  check_lse({"lse", lse}, named_q);
+  return problem;
+}
+
 }  // namespace
 
 Problem check_forward(const TensorView& q, const TensorView& k, const TensorView& v,
                       const Plan& plan, const Communicator& communicator,
                       const AttentionOptions& options, const TensorView& out,
                       const TensorView& lse) {
-  const Named named_q{"q", q};
-  check_dims(named_q, 3, "[tokens, heads, head_dim]");
-  check_dims({"k", k}, 3, "[tokens, kv_heads, head_dim]");
-  check_dims({"v", v}, 3, "[tokens, kv_heads, head_dim]");
-  const Problem problem = resolve(named_q, {"k", k}, {"v", v}, plan, communicator, options);
-  check_output({"out", out}, named_q);
-  check_lse({"lse", lse}, named_q);
+  const Problem problem = check_call(q, k, v, plan, communicator, options, out, lse);
+  check_own_elements({"out", out});
+  check_own_elements({"lse", lse});
   return problem;
 }
 
@@ -232,7 +241,7 @@ Problem check_backward(const TensorView& dout, const TensorView& q, const Tensor
                        const Plan& plan, const Communicator& communicator,
                        const AttentionOptions& options, const TensorView& dq, const TensorView& dk,
                        const TensorView& dv) {
-  const Problem problem = check_forward(q, k, v, plan, communicator, options, out, lse);
+  const Problem problem = check_call(q, k, v, plan, communicator, options, out, lse);
   const Named named_q{"q", q};
   const Named named_k{"k", k};
   check_as({"dout", dout}, named_q);

@@ -6,6 +6,7 @@ arrays and torch tensors go in, and the same kind comes out; importing the packa
 """
 
 from zigzag_attention._core import CommunicationError, DeviceError
+from zigzag_attention._exit import import_defaults_of_torch
 from zigzag_attention.attention import attention, attention_backward
 from zigzag_attention.communicator import Communicator
 from zigzag_attention.contiguous import (
@@ -42,6 +43,7 @@ from zigzag_attention.plan import Chunk, Plan
 from zigzag_attention.system import components, version
 
 __version__ = version()
+import_defaults_of_torch()
 
 __all__ = [
     "Chunk",

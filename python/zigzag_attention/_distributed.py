@@ -23,7 +23,7 @@ _POLL = datetime.timedelta(milliseconds=100)
 # The key of the group's store under which a rank that failed says so.
 _FAILED = "zigzag/failed"
 # The newest pieces of work, see `keep`. One reference too many: it outlives the interpreter.
-_kept: deque[Any] = deque(maxlen=16)
+_kept: deque[Any] = deque(maxlen=2)
 ctypes.pythonapi.Py_IncRef(ctypes.py_object(_kept))
 _communicators: weakref.WeakKeyDictionary[Any, Communicator] = weakref.WeakKeyDictionary()
 
@@ -74,7 +74,7 @@ def _resolve_process_group(name: str) -> dist.ProcessGroup:
 
 
 def keep(work: Any) -> Any:
-    """The work of a collective, which lives until many more were kept, or the process ends.
+    """The work of a collective, which lives until a few more were kept, or the process ends.
 
     A thread of gloo holds it, too, for a moment after it is done. Were that thread the last to let
     go, it would want the GIL to give tensors back; and if the interpreter has begun to end by then,

@@ -6,13 +6,9 @@ inside. Packs travel as tensors and groups by name, so that a new pack is no new
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,20 +28,6 @@ _MAX_PLANS = 32
 _plans: OrderedDict[tuple[bytes, int], Plan] = OrderedDict()
 _plan_of_tensor: dict[tuple[int, int], tuple[weakref.ref[Tensor], int, Plan]] = {}
 _checked_locals: dict[tuple[int, int], tuple[weakref.ref[Tensor], int, int, Plan]] = {}
-
-
-@atexit.register
-def _give_way() -> None:
-    """Lets threads of gloo give back the tensors of the caller's own last collectives.
-
-    The first call of an operation makes torch import functions whose default argument is the
-    world's group, which then outlives destroy_process_group(), and its threads with it. One that
-    wants the GIL when the interpreter ends would abort the process (`_distributed.keep`).
-    """
-    with contextlib.suppress(OSError):
-        names = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
-        if any(name.startswith("pt_gloo") for name in names):
-            time.sleep(0.03)
 
 
 def check_transforms(*tensors: Tensor) -> None:

@@ -79,17 +79,48 @@ def test_exchanges_just_before_the_end_do_not_change_the_exit_code(layout: str) 
 
 
 OWN_COLLECTIVES = """
+import ctypes
 plan = z.Plan.from_lengths([64, 192], size)
 q = torch.randn(plan.local_tokens(rank), 2, 32)
 z.attention(q, q, q, plan)
+ctypes.CDLL(None).prctl(15, b"name \\xe9\\xff", 0, 0, 0)  # a thread's name is of any bytes
 sys.setswitchinterval(100)
 for _ in range(20):
     dist.all_gather_object([None] * size, rank)
-dist.destroy_process_group()
+{last}
 sys.exit(7)
 """
 
 
-def test_collectives_of_the_caller_do_not_change_the_exit_code_either() -> None:
-    for end in Processes(4, OWN_COLLECTIVES).wait():
+@pytest.mark.parametrize("last", ["dist.destroy_process_group()", ""], ids=["destroyed", "alive"])
+def test_collectives_of_the_caller_do_not_change_the_exit_code_either(last: str) -> None:
+    for end in Processes(4, OWN_COLLECTIVES.format(last=last)).wait():
         assert end.code == 7, end.output
+        assert "ignored" not in end.output, end.output
+
+
+DESTROYED = """
+plan = z.Plan.from_lengths([64, 192], size)
+q = torch.randn(plan.local_tokens(rank), 2, 32)
+z.attention(q, q, q, plan)
+dist.destroy_process_group()
+tasks = [f"/proc/self/task/{task}/comm" for task in os.listdir("/proc/self/task")]
+names = [open(task).read() for task in tasks]
+assert not [name for name in names if name.startswith("pt_gloo")], names
+child = os.fork()
+if child == 0:
+    sys.exit(4)
+for _ in range(200):
+    ended, status = os.waitpid(child, os.WNOHANG)
+    if ended:
+        break
+    time.sleep(0.1)
+else:
+    os.kill(child, 9)
+assert ended and os.waitstatus_to_exitcode(status) == 4
+"""
+
+
+def test_a_destroyed_group_is_gone_and_a_forked_child_ends() -> None:
+    for end in Processes(2, DESTROYED).wait():
+        assert end.code == 0, end.output
