@@ -170,3 +170,15 @@ def test_two_groups_in_one_process():
         plan = Plan.from_lengths(lengths[which], 2)
         out = unshard(parts[2 * which : 2 * which + 2], plan)
         close(out, attend(*packs[which][:3], lengths[which])[0], 2e-6)
+
+
+def test_backward_reads_results_of_any_strides():
+    plan = Plan([0, 8], 1)
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((8, 4, 32), dtype=np.float32) for _ in range(4))
+    out, lse = attention(q, k, v, plan, return_lse=True)
+    out, lse = np.broadcast_to(out[:, :1], (8, 4, 32)), np.broadcast_to(lse[:, :1], (8, 4))
+    got = attention_backward(dout, q, k, v, out, lse, plan)
+    expected = attention_backward(dout, q, k, v, out.copy(), lse.copy(), plan)
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
