@@ -52,7 +52,7 @@ void check_last_stride(const Named& tensor) {
   }
 }
 
-/// Addresses and strides in elements of the type; a GPU faults on others.
+/// A GPU faults on addresses that are no multiple of the type's size.
 void check_alignment(const Named& tensor) {
   const auto address = reinterpret_cast<std::uintptr_t>(tensor.view.data);
   const int64_t size = item_size(tensor.view.dtype);

@@ -153,17 +153,6 @@ std::string difference(std::span<const Record> records) {
                   sentences[static_cast<std::size_t>(invalid.front())].data()));
 }
 
-}  // namespace
-
-void set_plan(Agreement& agreement, const Plan& plan) {
-  agreement.fingerprint = plan.fingerprint();
-  agreement.total_tokens = plan.total_tokens();
-  agreement.num_documents = plan.num_documents();
-  agreement.world_size = plan.world_size();
-}
-
-namespace {
-
 void agree_with_others(Transport& transport, const Agreement& mine) {
   const std::vector<Record> records = all_gather(transport, make_record(mine));
   const auto invalid = [](const Record& r) { return r.has_error != 0; };
@@ -182,6 +171,13 @@ void agree_with_others(Transport& transport, const Agreement& mine) {
 
 }  // namespace
 
+void set_plan(Agreement& agreement, const Plan& plan) {
+  agreement.fingerprint = plan.fingerprint();
+  agreement.total_tokens = plan.total_tokens();
+  agreement.num_documents = plan.num_documents();
+  agreement.world_size = plan.world_size();
+}
+
 void agree(Transport& transport, const Agreement& mine) {
   if (transport.size() == 1) {
     if (!mine.error.empty()) throw InvalidArgument(mine.error);
@@ -189,10 +185,8 @@ void agree(Transport& transport, const Agreement& mine) {
   }
   try {
     agree_with_others(transport, mine);
-  } catch (const InvalidArgument&) {
-    throw;
-  } catch (const std::exception& failure) {
-    // The caller's own mistake is what it can mend.
+  } catch (const EnvironmentError& failure) {
+    // The own mistake is what a caller can mend; an interrupt or a lack of memory goes on.
     if (mine.error.empty()) throw;
     throw InvalidArgument(
         fmt::format("{} (and the other ranks could not be told: {})", mine.error, failure.what()));
