@@ -14,7 +14,7 @@ export NCCL_NVLS_ENABLE=0 PYTHONUNBUFFERED=1 ZIGZAG_TIMEOUT_S="${ZIGZAG_TIMEOUT_
 logs="$(mktemp -d)"
 summary="${OUT}/summary.txt"
 : >"${summary}"
-chmod +x "${carry}"/gpu_process_test "${carry}"/gpu_test "${carry}"/gpu_bench "${carry}"/zigzag
+chmod +x "${carry}"/gpu_* "${carry}"/zigzag
 
 # part NAME SECONDS COMMAND...: its output goes to $OUT/NAME.log.
 part() {

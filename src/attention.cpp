@@ -127,15 +127,19 @@ class Schedule {
 
   void forward(const TensorView& out, const TensorView& lse) {
     const JoinOnError guard(*this);
-    gather(0);
-    join_exchange();
-    for (int stage = 0; stage < stages_; ++stage) {
-      gather_next(stage);
+    const auto arguments = [&](int stage) {
       AttendArgs args;
       fill(args, stage);
       args.out = q_heads(out, stage);
       args.lse = q_heads(lse, stage);
-      backend_->attend(args);
+      return args;
+    };
+    if (stages_ == 1 && attend_open(arguments(0))) return;
+    gather(0);
+    join_exchange();
+    for (int stage = 0; stage < stages_; ++stage) {
+      gather_next(stage);
+      backend_->attend(arguments(stage));
       await_gather(stage + 1);
     }
   }
@@ -263,6 +267,18 @@ class Schedule {
     if (alone()) return x;
     const int64_t count = problem_.kv_heads_per_stage * (problem_.heads / problem_.kv_heads);
     return x.slice(1, stage * count, count);
+  }
+
+  /// The attention of the only stage, while its rows are fetched; false where this cannot be.
+  bool attend_open(const AttendArgs& args) {
+    if (alone() || !transport_.opens_gather() || !backend_->attends_open(args, k_, v_)) {
+      return false;
+    }
+    const Queue queue = backend_->compute_queue();
+    backend_->attend_open(
+        args, transport_.open_gather(k_, v_, table_, {"gather of K and V", 0, stages_}, queue));
+    transport_.close_gather(queue);
+    return true;
   }
 
   /// Starts the gather of a stage once attention has left its slot.

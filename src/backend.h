@@ -28,6 +28,15 @@ struct AttendArgs {
   bool deterministic = false;
 };
 
+/// A gather whose rows attention fetches itself: K and V of every rank can be read until the work
+/// of the call is done.
+struct OpenGather {
+  TensorView own_k, own_v;        // this rank's rows [local_tokens, kv_heads, head_dim]
+  std::vector<const void*> k, v;  // of each rank: its rows without gaps, for this device to read
+  // By rank: what of its rows (source) goes to which gathered rows (destination).
+  std::span<const std::vector<Segment>> receives;
+};
+
 /// A stage's backward. dk and dv are sums over this rank's items only: either float32 partials in
 /// the gathered layout or, when the rank is alone, the final gradients in their own type. Every
 /// element of dq, dk and dv is written; nothing is read from them.
@@ -97,6 +106,14 @@ class Backend {
   /// Uninitialised memory, aligned to 256 bytes.
   virtual Buffer allocate(std::int64_t bytes) = 0;
   virtual void attend(const AttendArgs& args) = 0;
+  /// True when attend_open takes a call with these arguments.
+  virtual bool attends_open(const AttendArgs& /*args*/, const TensorView& /*own_k*/,
+                            const TensorView& /*own_v*/) const {
+    return false;
+  }
+  /// attend while K and V are fetched: args.k and args.v hold nothing yet, and afterwards no more
+  /// than what this needed.
+  virtual void attend_open(const AttendArgs& /*args*/, const OpenGather& /*open*/) {}
   virtual void attend_backward(const AttendBackwardArgs& args) = 0;
   /// What all ranks would compute for themselves, bit for bit; only where attends_all().
   virtual void attend_all(const AttendAllArgs& /*args*/) {}

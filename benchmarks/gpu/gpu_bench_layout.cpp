@@ -16,6 +16,18 @@ using std::int64_t;
 const Device kGpu{DeviceType::kCuda, 0};
 constexpr int kSets = 4;  // buffers in turn, so that repeats do not read the cache
 
+/// TB/s of copies of `bytes` bytes from and to the memory that `ends(set)` gives.
+double device_copy_rate(int64_t bytes, void* stream,
+                        const std::function<std::pair<void*, void*>(std::size_t)>& ends) {
+  const Timing timing = time_calls(stream, 10, 100, [&](int i) {
+    const auto [from, to] = ends(static_cast<std::size_t>(i % kSets));
+    cuda::check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDeviceToDevice,
+                                cuda::as_stream(stream)),
+                "cudaMemcpyAsync");
+  });
+  return 2.0 * static_cast<double>(bytes) / timing.median / 1e9;
+}
+
 double device_copy_rate(int64_t bytes, void* stream) {
   std::vector<Buffer> from;
   std::vector<Buffer> to;
@@ -23,14 +35,9 @@ double device_copy_rate(int64_t bytes, void* stream) {
     from.push_back(cuda::allocate(kGpu, bytes));
     to.push_back(cuda::allocate(kGpu, bytes));
   }
-  const Timing timing = time_calls(stream, 10, 40, [&](int i) {
-    const auto set = static_cast<std::size_t>(i % kSets);
-    cuda::check(cudaMemcpyAsync(to[set].memory.get(), from[set].memory.get(),
-                                static_cast<std::size_t>(bytes), cudaMemcpyDeviceToDevice,
-                                cuda::as_stream(stream)),
-                "cudaMemcpyAsync");
+  return device_copy_rate(bytes, stream, [&](std::size_t set) {
+    return std::pair(from[set].memory.get(), to[set].memory.get());
   });
-  return 2.0 * static_cast<double>(bytes) / timing.median / 1e9;
 }
 
 struct Case {
@@ -88,33 +95,44 @@ void bench_layout(nlohmann::json& report) {
     const std::vector<int64_t> all_chunks(entry.lengths.size(), 2 * kRanks);
     const double whole_bytes =
         2.0 * static_cast<double>(tokens * entry.heads * entry.head_dim) * 2.0;
+    // `to`: what an operation writes; a copy into it comes from as many bytes of `whole`.
     const auto measure = [&](const char* name, double bytes,
+                             const std::function<const TensorView&(std::size_t)>& to,
                              const std::function<void(std::size_t)>& call) {
       const Timing timing = time_calls(stream.get(), 10, 100,
                                        [&](int i) { call(static_cast<std::size_t>(i % kSets)); });
       const double rate = bytes / timing.median / 1e9;
-      // A copy that moves as many bytes.
-      const double copy_rate =
-          device_copy_rate(std::max<int64_t>(static_cast<int64_t>(bytes / 2), 16), stream.get());
+      // Copies that move as many bytes: between tensors of their own, and where this one moves
+      // them.
+      const int64_t copied = std::max<int64_t>(static_cast<int64_t>(bytes / 2), 16);
+      const double copy_rate = device_copy_rate(copied, stream.get());
+      const double same_rate = device_copy_rate(copied, stream.get(), [&](std::size_t set) {
+        return std::pair(whole[set].view.data, to(set).data);
+      });
       nlohmann::json line = timing.json();
       line["tb_per_s"] = rate;
       line["copy_tb_per_s"] = copy_rate;
       line["of_copy"] = rate / copy_rate;
+      line["same_copy_tb_per_s"] = same_rate;
+      line["of_same_copy"] = rate / same_rate;
       report["layout"][entry.name][name] = line;
-      std::printf("layout     %-28s %-8s %8.4f ms %6.2f TB/s %5.1f%% of a copy\n", entry.name, name,
-                  timing.median, rate, 100 * rate / copy_rate);
+      std::printf("layout     %-28s %-8s %8.4f ms %6.2f TB/s %5.1f%% of a copy, %5.1f%% there\n",
+                  entry.name, name, timing.median, rate, 100 * rate / copy_rate,
+                  100 * rate / same_rate);
     };
-    measure("extract", whole_bytes, [&](std::size_t i) {
+    const auto all = [&](std::size_t i) -> const TensorView& { return other[i].view; };
+    const auto mine = [&](std::size_t i) -> const TensorView& { return parts[i][1].view; };
+    measure("extract", whole_bytes, all, [&](std::size_t i) {
       extract(whole[i].view, plan, all_chunks, other[i].view, options);
     });
-    measure("unshard", whole_bytes, [&](std::size_t i) {
+    measure("unshard", whole_bytes, all, [&](std::size_t i) {
       std::vector<TensorView> views;
       for (const GpuTensor& part : parts[i]) views.push_back(part.view);
       unshard(views, plan, other[i].view, options);
     });
-    measure("scatter", whole_bytes / kRanks,
+    measure("scatter", whole_bytes / kRanks, mine,
             [&](std::size_t i) { scatter(whole[i].view, plan, 1, parts[i][1].view, options); });
-    measure("empty", 0, [&](std::size_t i) {
+    measure("empty", 0, mine, [&](std::size_t i) {
       cuda::check(cudaMemsetAsync(parts[i][0].view.data, 0, 16, cuda::as_stream(stream.get())),
                   "cudaMemsetAsync");
     });

@@ -77,39 +77,36 @@ class PeerTransport final : public Transport {
     check_device(destinations, group_.device(), rank());
     cuda::DeviceGuard guard(group_.device());
     const cudaStream_t stream = as_stream(queue.stream);
-
-    // Every rank places tensor t behind the tensors before it, by its own number of rows.
-    std::vector<std::int64_t> offsets;
-    std::int64_t bytes = 0;
-    for (const TensorView& source : sources) {
-      offsets.push_back(bytes);
-      bytes = align(bytes + source.shape[0] * row_bytes(source));
-    }
-    auto* packed =
-        static_cast<std::byte*>(group_.begin(std::max<std::int64_t>(bytes, 1), step, stream));
-    std::vector<TensorView> copies;
-    for (std::size_t t = 0; t < sources.size(); ++t) {
-      copies.push_back(packed_like(sources[t], packed + offsets[t], table.local_tokens));
-    }
-    {
-      const auto scope = span("pack rows for peers", stream);
-      const Segment whole[] = {{0, 0, 0, table.local_tokens}};
-      if (sources.size() == 2) {
-        cuda::copy_rows_twice(sources.first(1), copies[0], sources.last(1), copies[1], whole, 0,
-                              stream);
-      } else {
-        for (std::size_t t = 0; t < sources.size(); ++t) {
-          cuda::copy_rows(sources[t], copies[t], whole, 0, stream);
-        }
-      }
-    }
-    group_.packed(stream);
-    const std::vector<std::int64_t> all_offsets = group_.publish(offsets, step, stream);
+    const std::vector<std::int64_t> offsets = show_rows(sources, table, step, stream);
     {
       const auto scope = span("pull rows from peers", stream);
-      pull(sources.size(), all_offsets, destinations, table, stream);
+      pull(sources.size(), offsets, destinations, table, stream);
     }
     group_.end(stream);
+  }
+
+  // Whoever chooses how rows are copied wants them copied.
+  bool opens_gather() const override { return copy_by_ == CopyBy::kAuto; }
+
+  OpenGather open_gather(const TensorView& k, const TensorView& v, const ExchangeTable& table,
+                         const Step& step, Queue queue) override {
+    const TensorView sources[] = {k, v};
+    check_device(sources, group_.device(), rank());
+    cuda::DeviceGuard guard(group_.device());
+    const std::vector<std::int64_t> offsets =
+        show_rows(sources, table, step, as_stream(queue.stream));
+    OpenGather open{k, v, {}, {}, table.receives};
+    for (int r = 0; r < size(); ++r) {
+      const auto* memory = static_cast<const std::byte*>(group_.memory(r));
+      open.k.push_back(memory + offsets[static_cast<std::size_t>(2 * r)]);
+      open.v.push_back(memory + offsets[static_cast<std::size_t>(2 * r) + 1]);
+    }
+    return open;
+  }
+
+  void close_gather(Queue queue) override {
+    cuda::DeviceGuard guard(group_.device());
+    group_.end(as_stream(queue.stream));
   }
 
   void reduce(std::span<const TensorView> partials, std::span<const TensorView> destinations,
@@ -209,6 +206,40 @@ class PeerTransport final : public Transport {
  private:
   cuda::TimelineScope span(std::string_view name, cudaStream_t stream) const {
     return {name, group_.rank(), group_.device(), cuda::Lane::kExchange, stream};
+  }
+
+  /// Packs this rank's rows and lets peers read them; from here on `stream` may read theirs. Gives
+  /// where in its memory every rank has put every tensor's: [size, tensors].
+  std::vector<std::int64_t> show_rows(std::span<const TensorView> sources,
+                                      const ExchangeTable& table, const Step& step,
+                                      cudaStream_t stream) {
+    // Every rank places tensor t behind the tensors before it, by its own number of rows.
+    std::vector<std::int64_t> offsets;
+    std::int64_t bytes = 0;
+    for (const TensorView& source : sources) {
+      offsets.push_back(bytes);
+      bytes = align(bytes + source.shape[0] * row_bytes(source));
+    }
+    auto* packed =
+        static_cast<std::byte*>(group_.begin(std::max<std::int64_t>(bytes, 1), step, stream));
+    std::vector<TensorView> copies;
+    for (std::size_t t = 0; t < sources.size(); ++t) {
+      copies.push_back(packed_like(sources[t], packed + offsets[t], table.local_tokens));
+    }
+    {
+      const auto scope = span("pack rows for peers", stream);
+      const Segment whole[] = {{0, 0, 0, table.local_tokens}};
+      if (sources.size() == 2) {
+        cuda::copy_rows_twice(sources.first(1), copies[0], sources.last(1), copies[1], whole, 0,
+                              stream);
+      } else {
+        for (std::size_t t = 0; t < sources.size(); ++t) {
+          cuda::copy_rows(sources[t], copies[t], whole, 0, stream);
+        }
+      }
+    }
+    group_.packed(stream);
+    return group_.publish(offsets, step, stream);
   }
 
   /// Fetches the rows of every tensor from all ranks, this one's own among them.

@@ -76,6 +76,19 @@ class Transport {
   virtual void gather(std::span<const TensorView> sources, std::span<const TensorView> destinations,
                       const ExchangeTable& table, const Step& step, Queue queue) = 0;
 
+  /// True when a gather can be left open, for attention to fetch its rows itself.
+  virtual bool opens_gather() const { return false; }
+  /// A gather without its copies: from here on, in the order of `queue` and until close_gather,
+  /// every rank's rows can be read. Ranks of one exchange may choose differently: what they show
+  /// each other is the same.
+  virtual OpenGather open_gather(const TensorView& /*k*/, const TensorView& /*v*/,
+                                 const ExchangeTable& /*table*/, const Step& /*step*/,
+                                 Queue /*queue*/) {
+    return {};
+  }
+  /// The work given to `queue` so far has read what it wanted.
+  virtual void close_gather(Queue /*queue*/) {}
+
   /// True when ranks share memory on the host, so that one of them can compute for all.
   virtual bool lends() const { return false; }
   /// Lends tensors, as many, of the same types and row sizes on every rank. Until the end of the

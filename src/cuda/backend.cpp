@@ -74,7 +74,7 @@ class CudaBackend final : public Backend {
     std::string why;
     const auto by_hopper = [&] {
       return kernels_ != Kernels::kReference && engine_allowed(Engine::kHopper) &&
-             hopper::forward(args, stream_, why);
+             hopper::forward(args, nullptr, stream_, why);
     };
     if (hopper_goes_first() && by_hopper()) return;
     CudnnEngine* const engine = cudnn();
@@ -82,6 +82,17 @@ class CudaBackend final : public Backend {
     if (!hopper_goes_first() && by_hopper()) return;
     const auto scope = span(args, "forward, own kernels");
     fma_attend(args, stream_);
+  }
+
+  bool attends_open(const AttendArgs& args, const TensorView& own_k,
+                    const TensorView& own_v) const override {
+    return args.q.num_elements() != 0 && kernels_ != Kernels::kReference &&
+           engine_allowed(Engine::kHopper) && hopper::fetches(args, own_k, own_v);
+  }
+
+  void attend_open(const AttendArgs& args, const OpenGather& open) override {
+    std::string why;
+    if (!hopper::forward(args, &open, stream_, why)) throw DeviceError(why);
   }
 
   void attend_backward_early(const AttendBackwardArgs& args) override { begin(args, true); }

@@ -118,13 +118,13 @@ __global__ void __launch_bounds__(kCopyThreads)
         to += run * params.destination.run_stride;
       }
       const std::int64_t byte = static_cast<std::int64_t>(column) * kWidth;
-      values[i] = __ldcs(reinterpret_cast<const Vec*>(from + byte));
+      values[i] = *reinterpret_cast<const Vec*>(from + byte);
       targets[i] = to + byte;
     }
   }
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
-    if (targets[i] != nullptr) __stcs(reinterpret_cast<Vec*>(targets[i]), values[i]);
+    if (targets[i] != nullptr) *reinterpret_cast<Vec*>(targets[i]) = values[i];
   }
 }
 

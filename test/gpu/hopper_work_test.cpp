@@ -9,6 +9,7 @@
 
 #include <gtest/gtest.h>
 
+#include "comm/transport.h"
 #include "cuda/hopper/work.h"
 #include "zigzag/error.h"
 
@@ -146,9 +147,76 @@ void follow(const ForwardUnit& unit, const Span& span, const Reach& reach,
   }
 }
 
-void check_forward(const AttendArgs& args, const Layout& layout) {
-  SCOPED_TRACE("forward");
-  const ForwardWork work = make_forward_work(args);
+/// The blocks of a unit, each once and the last of them first, and where their keys are read.
+/// `fetched`: of each gathered row, whether it is there.
+void check_runs(const ForwardUnit& unit, const Span& span, int64_t document, const Layout& layout,
+                const std::vector<int>& fetched) {
+  const int end_block = (unit.end_key + kKeyTile - 1) / kKeyTile;
+  std::vector<int> met(static_cast<std::size_t>(end_block));
+  int count = 0;
+  for (const KeyRun& run : unit.runs) {
+    for (int block = run.end - 1; block >= run.begin; --block, ++count) {
+      if (count == 0) {
+        ASSERT_EQ(block, end_block - 1);
+      }
+      ASSERT_GE(block, unit.first_block);
+      ASSERT_LT(block, end_block);
+      ++met[static_cast<std::size_t>(block)];
+      const int keys = std::min(kKeyTile, span.k_count - block * kKeyTile);
+      const std::vector<Token>& read = run.own != 0 ? layout.local : layout.gathered;
+      for (int key = 0; key < keys; ++key) {
+        const Token want{document, span.k_position + block * kKeyTile + key};
+        const auto row = static_cast<std::size_t>(run.row + block * kKeyTile + key);
+        ASSERT_EQ(read.at(row), want) << "block " << block << " of span " << unit.span;
+        if (run.own == 0) {
+          ASSERT_EQ(fetched.at(row), 1) << "row " << row << " is read and not fetched";
+        }
+      }
+    }
+  }
+  ASSERT_EQ(count, end_block - unit.first_block) << "the kernel counts the blocks so";
+  for (int block = unit.first_block; block < end_block; ++block) {
+    ASSERT_EQ(met[static_cast<std::size_t>(block)], 1) << "block " << block;
+  }
+}
+
+/// Pieces bring the right rows, none twice; gives which rows are there in the end.
+std::vector<int> check_fetch(const AttendArgs& args, const Layout& layout) {
+  const std::vector<std::vector<Segment>> receives =
+      comm::make_exchange_table(*args.plan, args.rank, args.mask).receives;
+  constexpr int64_t kRowBytes = 2048;
+  const FetchWork work = make_fetch_work(args, receives, kRowBytes);
+  std::vector<int> fetched(layout.gathered.size());
+  std::vector<int64_t> wanted(work.wanted.size());
+  int64_t rows = 0;
+  for (const FetchPiece& piece : work.pieces) {
+    EXPECT_GT(piece.rows, 0);
+    EXPECT_LE(piece.rows * kRowBytes, kFetchBytes);
+    EXPECT_EQ(piece.row / kKeyTile, (piece.row + piece.rows - 1) / kKeyTile);
+    wanted.at(static_cast<std::size_t>(piece.row / kKeyTile)) += piece.rows;
+    rows += piece.rows;
+    for (int i = 0; i < piece.rows; ++i) {
+      const auto row = static_cast<std::size_t>(piece.row + i);
+      ++fetched.at(row);
+      const Token& token = layout.gathered.at(row);
+      const int64_t begin = args.plan->cu_seqlens()[static_cast<std::size_t>(token.document)];
+      const LocalRow source = args.plan->local_row(begin + token.position);
+      EXPECT_EQ(source.rank, piece.source);
+      EXPECT_EQ(source.row, piece.source_row + i);
+    }
+    if (testing::Test::HasFailure()) break;
+  }
+  EXPECT_EQ(rows, work.rows);
+  EXPECT_TRUE(std::equal(wanted.begin(), wanted.end(), work.wanted.begin(), work.wanted.end()));
+  EXPECT_EQ(std::count_if(fetched.begin(), fetched.end(), [](int times) { return times > 1; }), 0);
+  return fetched;
+}
+
+void check_forward(const AttendArgs& args, const Layout& layout, bool own_rows) {
+  SCOPED_TRACE(own_rows ? "forward, own rows in place" : "forward");
+  const ForwardWork work = make_forward_work(args, own_rows);
+  const std::vector<int> fetched =
+      own_rows ? check_fetch(args, layout) : std::vector<int>(layout.gathered.size(), 1);
   ASSERT_NO_FATAL_FAILURE(check_spans(work.spans, kForwardTile, layout));
   std::vector<int> written(layout.local.size());
   Seen seen(layout.local.size());
@@ -156,6 +224,8 @@ void check_forward(const AttendArgs& args, const Layout& layout) {
   for (const ForwardUnit& unit : work.units) {
     const Span& span = work.spans.spans.at(static_cast<std::size_t>(unit.span));
     ASSERT_NO_FATAL_FAILURE(follow(unit, span, reach_of(args.mask), written, seen));
+    ASSERT_NO_FATAL_FAILURE(check_runs(
+        unit, span, work.spans.documents.at(static_cast<std::size_t>(unit.span)), layout, fetched));
     ASSERT_LE(unit.end_key - unit.first_block * kKeyTile, weight) << "heaviest first";
     weight = unit.end_key - unit.first_block * kKeyTile;
   }
@@ -294,7 +364,9 @@ void check_rank(const Plan& plan, int64_t rank, const Mask& mask, const std::vec
                (mask.causal ? " causal, left " : " left ") + std::to_string(mask.window_left) +
                " right " + std::to_string(mask.window_right));
   const Layout layout = make_layout(plan, rank, mask);
-  check_forward(Call(plan, rank, mask, all[0]).args, layout);
+  for (const bool own_rows : {false, true}) {
+    check_forward(Call(plan, rank, mask, all[0]).args, layout, own_rows);
+  }
   for (const Heads& heads : all) {
     SCOPED_TRACE(std::to_string(heads.heads) + " heads, " + std::to_string(heads.kv_heads) +
                  " KV heads");
@@ -395,7 +467,7 @@ TEST(HopperWork, PositionsThatTheKernelsCount) {
   const Plan longer = Plan::from_lengths(std::vector<int64_t>{2 * int64_t{kFar}}, world_size);
   for (const Mask& mask : kMasks) {
     const Call call(longer, 0, mask, {1, 1, 132});
-    EXPECT_THROW(make_forward_work(call.args), DeviceError);
+    EXPECT_THROW(make_forward_work(call.args, false), DeviceError);
     EXPECT_THROW(make_backward_work(call.args, true, 132), DeviceError);
   }
 }

@@ -171,12 +171,13 @@ __device__ void compute(const BackwardParams& params,
   const int key = group * 64 + in_group / 32 * 16 + lane / 4;  // of values 0, 1; the others: + 8
   const int column = lane % 4 * 2;                             // of value 0 of every 8 columns
 
+  // Each group clears the rows of both, so that neither waits for the other.
   Barrier::wait(&shared.keys_full, 0);
   if (unit.k_count < kKeyTile) {
-    clear_rows<kKeyTile, kWidth>(shared.k, unit.k_count, thread);
-    clear_rows<kKeyTile, kWidth>(shared.v, unit.k_count, thread);
+    clear_rows<kKeyTile, kWidth, 128>(shared.k, unit.k_count, in_group);
+    clear_rows<kKeyTile, kWidth, 128>(shared.v, unit.k_count, in_group);
     cutlass::arch::fence_view_async_shared();
-    compute_barrier();
+    group_barrier(group);
   }
 
   const int tiles = unit.end_tile - unit.first_tile;
@@ -193,10 +194,10 @@ __device__ void compute(const BackwardParams& params,
     // made of them are not used.
     const int live = masked ? span.q_count - tile * kQueries : kQueries;
     if (live < kQueries) {
-      clear_rows<kQueries, kWidth>(shared.q + stage * (kQueries * kWidth), live, thread);
-      clear_rows<kQueries, kWidth>(shared.dout + stage * (kQueries * kWidth), live, thread);
+      clear_rows<kQueries, kWidth, 128>(shared.q + stage * (kQueries * kWidth), live, in_group);
+      clear_rows<kQueries, kWidth, 128>(shared.dout + stage * (kQueries * kWidth), live, in_group);
       cutlass::arch::fence_view_async_shared();
-      compute_barrier();
+      group_barrier(group);
     }
     auto dp = partition_fragment_C(mma_scores, Shape<Int<kKeyTile>, Int<kQueries>>{});
     multiply<true>(mma_scores, v_tiles, dout_tiles(_, _, _, stage), dp);

@@ -101,13 +101,13 @@ __device__ __forceinline__ void multiply(Mma& mma, A&& a, const B& b, C& c, int 
   if constexpr (kFromRegisters) cute::warpgroup_fence_operand(a);
 }
 
-/// Sets rows [first, kRows) of a tile that load_tile has put into shared memory to zero, by all
-/// computing threads. The swizzle stays inside the 128 bytes that a row has in each 64 columns.
-template <int kRows, int kWidth, typename T>
+/// Sets rows [first, kRows) of a tile that load_tile has put into shared memory to zero, by
+/// kThreads threads. The swizzle stays inside the 128 bytes that a row has in each 64 columns.
+template <int kRows, int kWidth, int kThreads, typename T>
 __device__ __forceinline__ void clear_rows(T* tile, int first, int thread) {
   const int packs = (kRows - first) * 8;
 #pragma unroll 1
-  for (int i = thread; i < packs * (kWidth / 64); i += kComputeThreads) {
+  for (int i = thread; i < packs * (kWidth / 64); i += kThreads) {
     const int part = i / packs;
     reinterpret_cast<uint4*>(tile)[part * kRows * 8 + first * 8 + i - part * packs] =
         make_uint4(0, 0, 0, 0);

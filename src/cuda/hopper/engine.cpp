@@ -125,8 +125,9 @@ Rows rows_of(const TensorView& view) { return {view.data, view.strides[0], view.
 /// A pack's tables in one run of bytes.
 struct ForwardPack {
   ForwardWork work;
+  FetchWork fetch;
   std::vector<std::byte> bytes;
-  std::size_t units_at = 0;  // spans stand first
+  std::size_t units_at = 0, pieces_at = 0, wanted_at = 0;  // spans stand first
 };
 
 struct BackwardPack {
@@ -197,6 +198,32 @@ TimelineScope span_of(const AttendArgs& args, std::string_view name, void* strea
 
 namespace {
 
+/// Bytes of a gathered row of K.
+int64_t key_row_bytes(const AttendArgs& args) {
+  return args.k.row_elements() * item_size(args.k.dtype);
+}
+
+/// `table`: the bytes of `pack` on the device.
+FetchParams fetch_params(const AttendArgs& args, const OpenGather& open, const ForwardPack& pack,
+                         const std::byte* table, int* counters) {
+  FetchParams params{};
+  params.pieces = reinterpret_cast<const FetchPiece*>(table + pack.pieces_at);
+  params.piece_count = static_cast<int>(pack.fetch.pieces.size());
+  params.row_bytes = static_cast<int>(key_row_bytes(args));
+  params.rows = static_cast<int>(pack.fetch.rows);
+  params.wanted = reinterpret_cast<const std::int32_t*>(table + pack.wanted_at);
+  params.next_piece = counters + 1;
+  params.arrived_rows = counters + 2;
+  params.arrived = counters + 3;
+  for (std::size_t r = 0; r < open.k.size(); ++r) {
+    params.k[r] = static_cast<const char*>(open.k[r]);
+    params.v[r] = static_cast<const char*>(open.v[r]);
+  }
+  params.gathered_k = args.k.as<char>();
+  params.gathered_v = args.v.as<char>();
+  return params;
+}
+
 /// Query heads that are worked on side by side: as many as have K and V that stay in the L2 cache.
 int64_t section_of(const AttendArgs& args) {
   constexpr int64_t kCacheBytes = int64_t{32} << 20;
@@ -211,23 +238,42 @@ int64_t section_of(const AttendArgs& args) {
 
 }  // namespace
 
-bool forward(const AttendArgs& args, void* stream_pointer, std::string& why) {
+bool fetches(const AttendArgs& args, const TensorView& own_k, const TensorView& own_v) {
+  std::string why;
+  return args.plan->world_size() <= kFetchRanks && key_row_bytes(args) <= kFetchBytes &&
+         aligned(own_k) && aligned(own_v) && fits(args, why);
+}
+
+bool forward(const AttendArgs& args, const OpenGather* open, void* stream_pointer,
+             std::string& why) {
   if (!fits(args, why)) return false;
   static auto* recent = new Recent<TableKey, ForwardPack>(256);
-  const TableKey key = table_key(args, false, kForwardTables);
+  TableKey key = table_key(args, open != nullptr, kForwardTables);
+  if (open != nullptr) {
+    key.detail = mix(key.detail, static_cast<std::uint64_t>(key_row_bytes(args)));
+  }
   const auto pack = recent->get(key, [&] {
     ForwardPack fresh;
-    fresh.work = make_forward_work(args);
+    fresh.work = make_forward_work(args, open != nullptr);
     append_bytes(fresh.bytes, fresh.work.spans.spans);
     fresh.units_at = append_bytes(fresh.bytes, fresh.work.units);
+    if (open != nullptr) {
+      fresh.fetch = make_fetch_work(args, open->receives, key_row_bytes(args));
+      fresh.pieces_at = append_bytes(fresh.bytes, fresh.fetch.pieces);
+      fresh.wanted_at = append_bytes(fresh.bytes, fresh.fetch.wanted);
+    }
     return fresh;
   });
   const cudaStream_t stream = as_stream(stream_pointer);
   DeviceState& device = DeviceState::get(args.q.device.index);
   DeviceGuard guard(args.q.device.index);
   const TableUse table(device.table(key, [&] { return pack->bytes; }), stream);
-  const Scratch counter(device, sizeof(int), stream);
-  check(cudaMemsetAsync(counter.data(), 0, sizeof(int), stream), "cudaMemsetAsync");
+  // The next tile, the next piece, all rows that have arrived, and those of each block of keys.
+  const int64_t counter_bytes =
+      (3 + std::ssize(pack->fetch.wanted)) * static_cast<int64_t>(sizeof(int));
+  const Scratch counters(device, counter_bytes, stream);
+  check(cudaMemsetAsync(counters.data(), 0, static_cast<std::size_t>(counter_bytes), stream),
+        "cudaMemsetAsync");
 
   const int64_t heads = args.q.shape[1];
   const int64_t tiles = static_cast<int64_t>(pack->work.units.size()) * heads;
@@ -243,7 +289,12 @@ bool forward(const AttendArgs& args, void* stream_pointer, std::string& why) {
   params.unit_count = static_cast<int>(pack->work.units.size());
   params.tiles = static_cast<int>(tiles);
   params.section = static_cast<int>(section_of(args));
-  params.next_tile = counter.as<int>();
+  params.next_tile = counters.as<int>();
+  if (open != nullptr) {
+    params.own_k = make_tensor_map(open->own_k, kKeyTile);
+    params.own_v = make_tensor_map(open->own_v, kKeyTile);
+    params.fetch = fetch_params(args, *open, *pack, table.as<std::byte>(), counters.as<int>());
+  }
   params.out = rows_of(args.out);
   params.lse = args.lse.as<float>();
   params.lse_row = args.lse.strides[0];

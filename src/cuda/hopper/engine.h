@@ -10,9 +10,13 @@ namespace zigzag::cuda::hopper {
 /// Why this device cannot run the tensor-core kernels; empty when it can.
 std::string unavailable(int device);
 
+/// True when forward takes this call with an open gather.
+bool fetches(const AttendArgs& args, const TensorView& own_k, const TensorView& own_v);
+
 /// A forward by the library's tensor-core kernels for Hopper GPUs. False, and says why, when this
-/// call is not one for them: nothing has been done then.
-bool forward(const AttendArgs& args, void* stream, std::string& why);
+/// call is not one for them: nothing has been done then. `open`: null when K and V are complete;
+/// otherwise the kernel fetches their rows itself, beside work on the rank's own.
+bool forward(const AttendArgs& args, const OpenGather* open, void* stream, std::string& why);
 
 /// A backward by the library's tensor-core kernels for Hopper GPUs, in parts: begin gives what
 /// needs no K and V but the rank's own, others what other ranks wait for, finish the rest. dK and

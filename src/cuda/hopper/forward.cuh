@@ -1,6 +1,7 @@
 #pragma once
 
 #include "cuda/hopper/common.cuh"
+#include "cuda/hopper/fetch.cuh"
 
 namespace zigzag::cuda::hopper {
 
@@ -40,30 +41,31 @@ struct Forward {
     std::uint64_t k_full[kStages], k_empty[kStages];
     std::uint64_t v_full[kStages], v_empty[kStages];
     std::uint64_t work_full[2], work_empty[2];
-    int work[2];  // numbers of tiles; negative: there are no more
+    int work[2];         // numbers of tiles; negative: there are no more
+    int block[kStages];  // of the keys in k
+    FetchBuffer fetch;
   };
 };
 
 /// A tile of queries of one head.
 struct ForwardTile {
   Span span;
+  const KeyRun* runs;
   int head;
-  int first_row;    // of the span
-  int first_block;  // tiles [first_block, end_block) of the span's keys are seen by some of the
-                    // rows
-  int end_block;
+  int first_row;  // of the span
+  int blocks;     // of keys
 };
 
 __device__ __forceinline__ ForwardTile tile_of(const ForwardParams& params, int number) {
   const int in_section = number % (params.unit_count * params.section);
-  const ForwardUnit unit = params.units[in_section / params.section];
+  const ForwardUnit& unit = params.units[in_section / params.section];
   ForwardTile tile;
   tile.span = params.spans[unit.span];
+  tile.runs = unit.runs;
   tile.head =
       number / (params.unit_count * params.section) * params.section + in_section % params.section;
   tile.first_row = unit.tile * kForwardTile;
-  tile.first_block = unit.first_block;
-  tile.end_block = (unit.end_key + kKeyTile - 1) / kKeyTile;
+  tile.blocks = (unit.end_key + kKeyTile - 1) / kKeyTile - unit.first_block;
   return tile;
 }
 
@@ -73,10 +75,12 @@ __device__ void load_forward(const ForwardParams& params,
   using Types = Forward<T, kWidth>;
   constexpr int kTileBytes = kKeyTile * kWidth * static_cast<int>(sizeof(T));
   int n = 0;  // blocks of keys given so far
+  bool all_here = params.fetch.piece_count == 0;
   const auto give = [&](const CUtensorMap& map, std::uint64_t* full, std::uint64_t* empty, T* tiles,
-                        int count, int row, int head) {
+                        int count, int row, int head, int block = -1) {
     const int stage = count % Types::kStages;
     Barrier::wait(&empty[stage], static_cast<std::uint32_t>(count / Types::kStages + 1) % 2);
+    if (block >= 0) shared.block[stage] = block;
     Barrier::arrive_and_expect_tx(&full[stage], kTileBytes);
     load_tile<kWidth>(map, &full[stage], tiles + stage * kKeyTile * kWidth, kKeyTile, row, head);
   };
@@ -89,20 +93,34 @@ __device__ void load_forward(const ForwardParams& params,
     if (!live) break;
     const ForwardTile tile = tile_of(params, number);
     const int kv_head = tile.head / params.group;
-    const auto row = [&](int block) { return tile.span.k_begin + block * kKeyTile; };
     Barrier::wait(&shared.q_empty, static_cast<std::uint32_t>(i + 1) % 2);
     Barrier::arrive_and_expect_tx(&shared.q_full,
                                   kForwardTile * kWidth * static_cast<int>(sizeof(T)));
     load_tile<kWidth>(params.q, &shared.q_full, shared.q, kForwardTile,
                       tile.span.q_begin + tile.first_row, tile.head);
-    for (int block = tile.end_block - 1; block >= tile.first_block; --block, ++n) {
-      give(params.k, shared.k_full, shared.k_empty, shared.k, n, row(block), kv_head);
-      // A block's values are wanted one block later than its keys.
-      if (block < tile.end_block - 1) {
-        give(params.v, shared.v_full, shared.v_empty, shared.v, n - 1, row(block + 1), kv_head);
+    // A block's values are wanted one block later than its keys.
+    int before_row = -1;
+    bool before_own = false;
+    const auto give_values = [&] {
+      give(before_own ? params.own_v : params.v, shared.v_full, shared.v_empty, shared.v, n - 1,
+           before_row, kv_head);
+    };
+    for (int r = 0; r < kKeyRuns; ++r) {
+      const KeyRun run = tile.runs[r];
+      for (int block = run.end - 1; block >= run.begin; --block, ++n) {
+        const int row = run.row + block * kKeyTile;
+        if (!run.own && !all_here) {
+          all_here = wait_for_rows(params.fetch, row,
+                                   min(row + kKeyTile, tile.span.k_begin + tile.span.k_count));
+        }
+        give(run.own ? params.own_k : params.k, shared.k_full, shared.k_empty, shared.k, n, row,
+             kv_head, block);
+        if (before_row >= 0) give_values();
+        before_row = row;
+        before_own = run.own;
       }
     }
-    give(params.v, shared.v_full, shared.v_empty, shared.v, n - 1, row(tile.first_block), kv_head);
+    give_values();
   }
 }
 
@@ -222,17 +240,18 @@ __device__ void compute_forward(const ForwardParams& params,
 
     Barrier::wait(&shared.q_full, static_cast<std::uint32_t>(i) % 2);
     float factor[2];
-    int block = tile.end_block - 1;
     auto s = partition_fragment_C(mma_scores, Shape<Int<kForwardTile>, Int<kKeyTile>>{});
     wait_full(shared.k_full, n);
+    int block = shared.block[n % kStages];
     take_turn(group);
     multiply<true>(mma_scores, q_tiles, k_tiles(_, _, _, n % kStages), s);
     pass_turn(group);
-    // Values behind the document's last belong to others and may hold anything.
+    // Values behind the document's last belong to others and may hold anything. The last block
+    // comes first.
     if (tile.span.k_count - block * kKeyTile < kKeyTile) {
       wait_full(shared.v_full, n);
-      clear_rows<kKeyTile, kWidth>(shared.v + n % kStages * (kKeyTile * kWidth),
-                                   tile.span.k_count - block * kKeyTile, thread);
+      clear_rows<kKeyTile, kWidth, kComputeThreads>(shared.v + n % kStages * (kKeyTile * kWidth),
+                                                    tile.span.k_count - block * kKeyTile, thread);
       cutlass::arch::fence_view_async_shared();
       compute_barrier();
     }
@@ -242,10 +261,11 @@ __device__ void compute_forward(const ForwardParams& params,
     soften(s, block, factor);
     auto p = rounded<T>(s);
     clear(out);
-    for (--block; block >= tile.first_block; --block, ++n) {
+    for (int left = tile.blocks - 1; left > 0; --left, ++n) {
       auto next = partition_fragment_C(mma_scores, Shape<Int<kForwardTile>, Int<kKeyTile>>{});
       auto p_factor = make_tensor(p.data(), AsFactor{});
       wait_full(shared.k_full, n + 1);
+      block = shared.block[(n + 1) % kStages];
       take_turn(group);
       multiply<true>(mma_scores, q_tiles, k_tiles(_, _, _, (n + 1) % kStages), next);
       wait_full(shared.v_full, n);
@@ -328,6 +348,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     constexpr int kWarps = kComputeThreads / 32;
     Barrier::init(&shared.q_full, 1);
     Barrier::init(&shared.q_empty, kWarps);
+    Barrier::init(&shared.fetch.full, 1);
     for (int stage = 0; stage < Types::kStages; ++stage) {
       Barrier::init(&shared.k_full[stage], 1);
       Barrier::init(&shared.v_full[stage], 1);
@@ -344,6 +365,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   if (threadIdx.x < kBlockThreads - kComputeThreads) {
     cutlass::arch::warpgroup_reg_dealloc<24>();
     if (threadIdx.x == 0) load_forward<T, kWidth>(params, shared);
+    if (threadIdx.x == 32) fetch_rows(params.fetch, shared.fetch);
   } else {
     cutlass::arch::warpgroup_reg_alloc<240>();
     compute_forward<T, kWidth, kSoftcap>(params, shared);

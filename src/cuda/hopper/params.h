@@ -33,13 +33,56 @@ constexpr std::int32_t kFar = std::int32_t{1} << 30;
 /// Query rows of a tile of the forward.
 constexpr int kForwardTile = 128;
 
+/// Blocks [begin, end) of kKeyTile keys of a span, counted from its first key; block b stands at
+/// row `row` + b x kKeyTile of the gathered keys or, where `own`, of the rank's own.
+struct KeyRun {
+  std::int32_t begin;
+  std::int32_t end;
+  std::int32_t row;
+  std::int32_t own;
+};
+constexpr int kKeyRuns = 6;
+
 /// A tile of the forward: rows of a span from tile x kForwardTile on, which see no keys but those
-/// from the span's tile `first_block` of keys on and before its key `end_key`.
+/// from the span's block `first_block` of keys on and before its key `end_key`.
 struct ForwardUnit {
   std::int32_t span;
   std::int32_t tile;
   std::int32_t first_block;
   std::int32_t end_key;
+  // These blocks in the order in which they are worked on, each run from its end down; the last
+  // block of all comes first. Runs that are not needed are empty.
+  KeyRun runs[kKeyRuns];
+};
+
+/// Rows of K and of V that are fetched by one copy each. They lie in one block of kKeyTile gathered
+/// rows.
+struct FetchPiece {
+  std::int32_t source;  // the rank that lets its rows be read
+  std::int32_t source_row;
+  std::int32_t row;  // of the gathered keys
+  std::int32_t rows;
+};
+/// Bytes of a piece's rows of K, or of V, at most.
+constexpr int kFetchBytes = 16384;
+/// Ranks that rows are fetched from at most.
+constexpr int kFetchRanks = 16;
+
+/// Rows that the forward kernel fetches from other ranks while it computes.
+struct FetchParams {
+  const FetchPiece* pieces;
+  int piece_count;  // 0: K and V are complete before the launch
+  int row_bytes;
+  int rows;                    // of all pieces
+  const std::int32_t* wanted;  // of each kKeyTile gathered rows: rows that pieces bring
+  int* arrived;  // of each kKeyTile gathered rows: those that are there. 0 before the launch, as
+                 // the others
+  int* arrived_rows;  // of all of them
+  int* next_piece;
+  const char* k[kFetchRanks];  // rows of each rank, without gaps
+  const char* v[kFetchRanks];
+  char* gathered_k;  // likewise
+  char* gathered_v;
 };
 
 /// Work of one block of threads in a backward: up to kKeyTile keys of one KV head against the query
@@ -69,8 +112,10 @@ struct Rows {
 
 /// What the forward kernel works on; the maps are those of make_tensor_map.
 struct ForwardParams {
-  CUtensorMap q;     // [local, heads, head_dim], boxes of kForwardTile rows
-  CUtensorMap k, v;  // [keys, kv_heads, head_dim], boxes of kKeyTile rows
+  CUtensorMap q;             // [local, heads, head_dim], boxes of kForwardTile rows
+  CUtensorMap k, v;          // [keys, kv_heads, head_dim], boxes of kKeyTile rows
+  CUtensorMap own_k, own_v;  // [local, kv_heads, head_dim], likewise; only where rows are fetched
+  FetchParams fetch;
   const Span* spans;
   const ForwardUnit* units;
   int unit_count;

@@ -1,7 +1,9 @@
 #include "cuda/hopper/work.h"
 
 #include <algorithm>
+#include <iterator>
 #include <map>
+#include <tuple>
 
 #include "cuda/launch_lists.h"
 #include "cuda/sum_rows.h"
@@ -122,6 +124,68 @@ int choose_splits(const std::vector<BackwardUnit>& blocks, int64_t kv_heads, int
   return static_cast<int>(most);
 }
 
+/// The blocks of a span's keys that are the rank's own as a whole, those of the late rows first.
+std::vector<KeyRun> own_blocks(const Span& span) {
+  const int64_t early_end = int64_t{span.early_position} + span.q_early;
+  const int64_t late_rows = int64_t{span.q_count} - span.q_early;
+  struct Range {
+    int64_t begin, end, row;
+  };
+  std::vector<Range> ranges;
+  if (late_rows > 0 && span.late_position == early_end) {
+    ranges = {{span.early_position, early_end + late_rows, span.q_begin}};
+  } else {
+    ranges = {{span.late_position, span.late_position + late_rows, span.q_begin + span.q_early},
+              {span.early_position, early_end, span.q_begin}};
+  }
+  std::vector<KeyRun> runs;
+  const int64_t key_end = int64_t{span.k_position} + span.k_count;
+  for (const Range& range : ranges) {
+    const int64_t first = std::max<int64_t>(0, range.begin - span.k_position);
+    const int64_t begin = (first + kKeyTile - 1) / kKeyTile;
+    // The last block of all may have fewer keys.
+    int64_t end = (range.end - span.k_position) / kKeyTile;
+    if (range.end >= key_end) end = (int64_t{span.k_count} + kKeyTile - 1) / kKeyTile;
+    if (begin >= end) continue;
+    runs.push_back({narrow(begin), narrow(end),
+                    static_cast<std::int32_t>(range.row + span.k_position - range.begin), 1});
+  }
+  return runs;
+}
+
+/// Gives a unit its blocks [first_block, end_block): the last, the rank's own, and the others.
+void set_runs(ForwardUnit& unit, const Span& span, const std::vector<KeyRun>& own) {
+  const std::int32_t end_block = narrow((int64_t{unit.end_key} + kKeyTile - 1) / kKeyTile);
+  int count = 0;
+  const auto add = [&](const KeyRun& run, std::int32_t begin, std::int32_t end) {
+    begin = std::max(begin, run.begin);
+    end = std::min(end, run.end);
+    if (begin < end) unit.runs[count++] = {begin, end, run.row, run.own};
+  };
+  const KeyRun all{unit.first_block, end_block, span.k_begin, 0};
+  const std::int32_t last = end_block - 1;
+  // What is not the rank's own stands above, between and below what is.
+  const auto add_others = [&](std::int32_t begin, std::int32_t end) {
+    for (const KeyRun& run : own) {
+      add(all, std::max(begin, run.end), end);
+      end = std::min(end, run.begin);
+    }
+    add(all, begin, end);
+  };
+  if (own.empty()) return add(all, unit.first_block, end_block);
+  for (const KeyRun& run : own) add(run, last, end_block);
+  if (count == 0) add(all, last, end_block);
+  for (const KeyRun& run : own) add(run, unit.first_block, last);
+  add_others(unit.first_block, last);
+}
+
+/// Which rows are fetched first: those of long documents, which have the heaviest tiles.
+struct FetchOrder {
+  int64_t begin, end;  // gathered rows
+  int64_t number;
+  std::vector<KeyRun> own;  // blocks from `begin` on that nobody reads there
+};
+
 }  // namespace
 
 Reach reach_of(const Mask& mask) {
@@ -169,27 +233,121 @@ Spans make_spans(const AttendArgs& args, int tile, bool whole) {
   return result;
 }
 
-ForwardWork make_forward_work(const AttendArgs& args) {
+ForwardWork make_forward_work(const AttendArgs& args, bool own_rows) {
   ForwardWork work;
   const Reach reach = reach_of(args.mask);
   // Early and late rows share tiles where both see the document from its start.
   work.spans = make_spans(args, kForwardTile, launches_express(args.mask));
   for (std::size_t i = 0; i < work.spans.spans.size(); ++i) {
     const Span& span = work.spans.spans[i];
+    const std::vector<KeyRun> own = own_rows ? own_blocks(span) : std::vector<KeyRun>{};
     for (std::int32_t tile = 0; tile * kForwardTile < span.q_count; ++tile) {
       const int64_t first = int64_t{tile} * kForwardTile;
       const int64_t last = std::min<int64_t>(span.q_count, first + kForwardTile) - 1;
       const int64_t from = position_of(span, first) - reach.left - span.k_position;
       const int64_t to = position_of(span, last) + reach.right - span.k_position;
       const int64_t first_block = std::max<int64_t>(0, from) / kKeyTile;
-      work.units.push_back({static_cast<std::int32_t>(i), tile, narrow(first_block),
-                            narrow(std::min<int64_t>(span.k_count, to + 1))});
+      ForwardUnit unit{static_cast<std::int32_t>(i),
+                       tile,
+                       narrow(first_block),
+                       narrow(std::min<int64_t>(span.k_count, to + 1)),
+                       {}};
+      set_runs(unit, span, own);
+      work.units.push_back(unit);
     }
   }
   std::stable_sort(
       work.units.begin(), work.units.end(), [](const ForwardUnit& a, const ForwardUnit& b) {
         return a.end_key - a.first_block * kKeyTile > b.end_key - b.first_block * kKeyTile;
       });
+  return work;
+}
+
+FetchWork make_fetch_work(const AttendArgs& args, std::span<const std::vector<Segment>> receives,
+                          int64_t row_bytes) {
+  const bool whole = launches_express(args.mask);
+  std::vector<Span> spans = make_spans(args, kForwardTile, whole).spans;
+  std::stable_sort(spans.begin(), spans.end(),
+                   [](const Span& a, const Span& b) { return a.k_count > b.k_count; });
+  // With a window rows may be of several spans.
+  std::vector<FetchOrder> orders;
+  for (std::size_t i = 0; whole && i < spans.size(); ++i) {
+    const Span& span = spans[i];
+    orders.push_back({span.k_begin, int64_t{span.k_begin} + span.k_count, static_cast<int64_t>(i),
+                      own_blocks(span)});
+  }
+  std::sort(orders.begin(), orders.end(),
+            [](const FetchOrder& a, const FetchOrder& b) { return a.begin < b.begin; });
+  const auto order_of = [&](int64_t row) -> const FetchOrder* {
+    const auto after = std::upper_bound(
+        orders.begin(), orders.end(), row,
+        [](int64_t value, const FetchOrder& order) { return value < order.begin; });
+    if (after == orders.begin() || row >= std::prev(after)->end) return nullptr;
+    return &*std::prev(after);
+  };
+
+  struct Placed {
+    FetchPiece piece;
+    int64_t number;  // of the document
+    int64_t turn;    // among the pieces of its document and source
+    int64_t ring;    // of the source, from this rank on
+  };
+  std::vector<Placed> placed;
+  const auto ranks = static_cast<int64_t>(receives.size());
+  const int64_t most = std::max<int64_t>(1, kFetchBytes / row_bytes);
+  int64_t gathered_end = 0;
+  for (int64_t source = 0; source < ranks; ++source) {
+    for (const Segment& segment : receives[static_cast<std::size_t>(source)]) {
+      int64_t row = segment.destination_row;
+      const int64_t end = row + segment.rows;
+      gathered_end = std::max(gathered_end, end);
+      while (row < end) {
+        const FetchOrder* const order = order_of(row);
+        int64_t to = std::min({end, row + most, (row / kKeyTile + 1) * kKeyTile});
+        bool skipped = false;
+        if (order != nullptr) {
+          to = std::min(to, order->end);
+          const int64_t block = (row - order->begin) / kKeyTile;
+          to = std::min(to, order->begin + (block + 1) * kKeyTile);
+          skipped = source == args.rank &&
+                    std::any_of(order->own.begin(), order->own.end(), [&](const KeyRun& run) {
+                      return block >= run.begin && block < run.end;
+                    });
+        }
+        if (!skipped) {
+          placed.push_back(
+              {{narrow(source), narrow(segment.source_row + row - segment.destination_row),
+                narrow(row), narrow(to - row)},
+               order == nullptr ? std::ssize(orders) : order->number,
+               0,
+               (source - args.rank - 1 + ranks) % ranks});
+        }
+        row = to;
+      }
+    }
+  }
+  // Tiles go through their keys from the last on, and all links are to be busy at all times: the
+  // sources take turns.
+  std::sort(placed.begin(), placed.end(), [](const Placed& a, const Placed& b) {
+    return std::tuple(a.number, a.ring, -a.piece.row) < std::tuple(b.number, b.ring, -b.piece.row);
+  });
+  for (std::size_t i = 1; i < placed.size(); ++i) {
+    const Placed& before = placed[i - 1];
+    if (before.number == placed[i].number && before.ring == placed[i].ring) {
+      placed[i].turn = before.turn + 1;
+    }
+  }
+  std::sort(placed.begin(), placed.end(), [](const Placed& a, const Placed& b) {
+    return std::tuple(a.number, a.turn, a.ring) < std::tuple(b.number, b.turn, b.ring);
+  });
+  FetchWork work;
+  work.wanted.resize(static_cast<std::size_t>((gathered_end + kKeyTile - 1) / kKeyTile));
+  for (const Placed& one : placed) {
+    work.pieces.push_back(one.piece);
+    work.wanted[static_cast<std::size_t>(one.piece.row / kKeyTile)] += one.piece.rows;
+    work.rows += one.piece.rows;
+  }
+  narrow(work.rows);
   return work;
 }
 

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "backend.h"
@@ -33,7 +34,22 @@ struct ForwardWork {
   std::vector<ForwardUnit> units;
 };
 
-ForwardWork make_forward_work(const AttendArgs& args);
+/// `own_rows`: blocks of keys that the rank itself holds are taken from its own rows, before those
+/// that others send.
+ForwardWork make_forward_work(const AttendArgs& args, bool own_rows);
+
+/// What the forward kernel fetches, in the order in which it is wanted.
+struct FetchWork {
+  std::vector<FetchPiece> pieces;
+  std::vector<std::int32_t> wanted;  // of each kKeyTile gathered rows: rows of the pieces
+  std::int64_t rows = 0;             // of all pieces
+};
+
+/// All rows but those of blocks that make_forward_work takes from the rank's own. `receives`: rows
+/// of the gathered keys by the rank that they come from; `row_bytes`: of a row of K, at most
+/// kFetchBytes.
+FetchWork make_fetch_work(const AttendArgs& args, std::span<const std::vector<Segment>> receives,
+                          std::int64_t row_bytes);
 
 /// A backward as blocks of keys, heaviest first.
 struct BackwardWork {
