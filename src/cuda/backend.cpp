@@ -72,14 +72,12 @@ class CudaBackend final : public Backend {
   void attend(const AttendArgs& args) override {
     if (args.q.num_elements() == 0) return;
     std::string why;
-    const auto by_hopper = [&] {
-      return kernels_ != Kernels::kReference && engine_allowed(Engine::kHopper) &&
-             hopper::forward(args, nullptr, stream_, why);
-    };
-    if (hopper_goes_first() && by_hopper()) return;
+    if (kernels_ != Kernels::kReference && engine_allowed(Engine::kHopper) &&
+        hopper::forward(args, nullptr, stream_, why)) {
+      return;
+    }
     CudnnEngine* const engine = cudnn();
     if (engine != nullptr && cudnn_forward(*engine, args, stream_, why)) return;
-    if (!hopper_goes_first() && by_hopper()) return;
     const auto scope = span(args, "forward, own kernels");
     fma_attend(args, stream_);
   }

@@ -25,6 +25,4 @@ bool engine_allowed(Engine engine) {
   throw InvalidArgument("ZIGZAG_GPU_ENGINE is auto, hopper, cudnn or fma, not '" + name + "'");
 }
 
-bool hopper_goes_first() { return chosen() == "hopper"; }
-
 }  // namespace zigzag::cuda

@@ -9,12 +9,8 @@ namespace zigzag::cuda {
 enum class Engine : std::uint8_t { kHopper, kCudnn, kFma };
 
 /// Whether ZIGZAG_GPU_ENGINE ("auto", "hopper", "cudnn" or "fma"; default auto) lets this engine be
-/// tried. What it cannot serve falls to the engines behind it. Throws InvalidArgument when the
-/// variable holds anything else.
+/// tried. They are tried in this order: what one cannot serve falls to those behind it. Throws
+/// InvalidArgument when the variable holds anything else.
 bool engine_allowed(Engine engine);
-
-/// Whether the tensor-core kernels are tried before cuDNN in a forward: cuDNN's takes less power,
-/// so that a GPU at its limit runs 3% faster with it; the kernels serve what it does not.
-bool hopper_goes_first();
 
 }  // namespace zigzag::cuda

@@ -38,11 +38,11 @@ struct Backward {
   using QueryLayoutT = decltype(cute::composition(
       QueryLayout{}, Layout<Shape<Int<kWidth>, Int<kQueries>, Int<kStages>>,
                             cute::Stride<Int<kQueries>, _1, Int<kQueries * kWidth>>>{}));
-  // dS [queries, keys], two of them, so that one is written while the other is read.
-  using ScoreLayout = decltype(cute::tile_to_shape(cute::GMMA::Layout_MN_SW128_Atom<T>{},
-                                                   Shape<Int<kQueries>, Int<kKeyTile>, _2>{}));
+  // dS [queries, keys], one a stage, so that one is written while the other is read.
+  using ScoreLayout = decltype(cute::tile_to_shape(
+      cute::GMMA::Layout_MN_SW128_Atom<T>{}, Shape<Int<kQueries>, Int<kKeyTile>, Int<kStages>>{}));
   using ScoreLayoutT = decltype(cute::composition(
-      ScoreLayout{}, Layout<Shape<Int<kKeyTile>, Int<kQueries>, _2>,
+      ScoreLayout{}, Layout<Shape<Int<kKeyTile>, Int<kQueries>, Int<kStages>>,
                             cute::Stride<Int<kQueries>, _1, Int<kQueries * kKeyTile>>>{}));
 
   struct Shared {
@@ -50,7 +50,7 @@ struct Backward {
     alignas(1024) T v[kKeyTile * kWidth];
     alignas(1024) T q[kStages * kQueries * kWidth];
     alignas(1024) T dout[kStages * kQueries * kWidth];
-    alignas(1024) T scores[2 * kQueries * kKeyTile];
+    alignas(1024) T scores[kStages * kQueries * kKeyTile];
     alignas(1024) float dq[2 * kQueries * 64];  // of each warp group
     alignas(128) float lse[kStages][kQueries];
     alignas(128) float delta[kStages][kQueries];
@@ -181,18 +181,19 @@ __device__ void compute(const BackwardParams& params,
   }
 
   const int tiles = unit.end_tile - unit.first_tile;
-  const int total = unit.heads * tiles;
+  const int total = uniform(unit.heads * tiles);
   int tile = unit.first_tile;
   int head = unit.head;
   for (int n = 0; n < total; ++n) {
-    const int stage = n % kStages;
+    const int stage = uniform(n % kStages);
     Barrier::wait(&shared.q_full[stage], static_cast<std::uint32_t>(n / kStages) % 2);
     multiply<true>(mma_scores, k_tiles, q_tiles(_, _, _, stage), s);
     Barrier::wait(&shared.dout_full[stage], static_cast<std::uint32_t>(n / kStages) % 2);
-    const bool masked = tile < unit.first_full || tile >= unit.end_full;
+    // Alike in all lanes, and the compiler is to know it.
+    const bool masked = __any_sync(0xffffffffu, tile < unit.first_full || tile >= unit.end_full);
     // Rows behind the document's last belong to others and may hold anything. Scores that are being
     // made of them are not used.
-    const int live = masked ? span.q_count - tile * kQueries : kQueries;
+    const int live = uniform(masked ? span.q_count - tile * kQueries : kQueries);
     if (live < kQueries) {
       clear_rows<kQueries, kWidth, 128>(shared.q + stage * (kQueries * kWidth), live, in_group);
       clear_rows<kQueries, kWidth, 128>(shared.dout + stage * (kQueries * kWidth), live, in_group);
@@ -263,11 +264,11 @@ __device__ void compute(const BackwardParams& params,
       }
     }
     auto ds = rounded<T>(dp);
-    copy(store_scores, store_slice.retile_S(ds), stored_scores(_, _, _, n % 2));
+    copy(store_scores, store_slice.retile_S(ds), stored_scores(_, _, _, stage));
     cutlass::arch::fence_view_async_shared();
 
     auto dq = partition_fragment_C(mma_queries, Shape<Int<kQueries>, Int<kWidth>>{});
-    const auto ds_tiles = score_tiles(_, _, _, n % 2);
+    const auto ds_tiles = score_tiles(_, _, _, stage);
     auto ds_factor = make_tensor(ds.data(), AsFactor{});
     group_barrier(group);
     if constexpr (Types::kShareKeys) pass_turn(group, n);
@@ -280,7 +281,7 @@ __device__ void compute(const BackwardParams& params,
     multiply<false>(mma_keys, ds_factor, q_t_tiles(_, _, _, stage), dk);
     warpgroup_wait<1>();
     warpgroup_fence_operand(dq);
-    if (lane == 0) Barrier::arrive(&shared.dout_empty[stage]);
+    arrive_once(&shared.dout_empty[stage], lane);
     float* const sums = params.dq +
                         (head * params.tiles + span.tile_begin + tile) * (kQueries * kWidth) +
                         (Types::kShareKeys ? group * (kQueries * 64) : 0);
@@ -298,7 +299,7 @@ __device__ void compute(const BackwardParams& params,
     group_barrier(group);
     if (in_group == 0) bulk_add(sums, staged, kQueries * 64 * static_cast<int>(sizeof(float)));
     warpgroup_wait<0>();
-    if (lane == 0) Barrier::arrive(&shared.q_empty[stage]);
+    arrive_once(&shared.q_empty[stage], lane);
     if (++tile == unit.end_tile) {
       tile = unit.first_tile;
       ++head;

@@ -38,12 +38,22 @@ __device__ __forceinline__ void pass_turn(int group, int count = 0) {
       kComputeThreads, kTurnBarrier + static_cast<std::uint32_t>(1 - group + count % 2 * 2));
 }
 
+/// One arrival for a warp, once all of its lanes are done with what the barrier stands for.
+__device__ __forceinline__ void arrive_once(std::uint64_t* barrier, int lane) {
+  __syncwarp();
+  if (lane == 0) Barrier::arrive(barrier);
+}
+
 __device__ __forceinline__ void compute_barrier() {
   cutlass::arch::NamedBarrier::sync(kComputeThreads, kComputeBarrier);
 }
 __device__ __forceinline__ void group_barrier(int group) {
   cutlass::arch::NamedBarrier::sync(128, kGroupBarrier + static_cast<std::uint32_t>(group));
 }
+
+/// A value that is the same in all lanes of a warp, told to the compiler: addresses of tiles and
+/// branches that rest on it take no registers of each thread.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 /// 2^x, 0 for -inf.
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -68,15 +78,22 @@ __device__ __forceinline__ std::uint32_t pack(float low, float high, cutlass::ha
   return bits;
 }
 
+/// Rounds a fragment to another's type, in the same order. Words are written whole: element by
+/// element the compiler takes them apart and puts them together again.
+template <class Fragment, class Result>
+__device__ __forceinline__ void round_into(const Fragment& values, Result& result) {
+  auto words = cute::recast<std::uint32_t>(result);
+#pragma unroll
+  for (int i = 0; i < cute::size(words); ++i) {
+    words(i) = pack(values(2 * i), values(2 * i + 1), typename Result::value_type{});
+  }
+}
+
 /// A fragment rounded to T, in the same order.
 template <typename T, class Fragment>
 __device__ __forceinline__ auto rounded(const Fragment& values) {
   auto result = cute::make_tensor<T>(values.layout());
-  auto words = cute::recast<std::uint32_t>(result);
-#pragma unroll
-  for (int i = 0; i < cute::size(words); ++i) {
-    words(i) = pack(values(2 * i), values(2 * i + 1), T{});
-  }
+  round_into(values, result);
   return result;
 }
 

@@ -163,8 +163,7 @@ __device__ void compute_forward(const ForwardParams& params,
   for (int i = 0;; ++i) {
     Barrier::wait(&shared.work_full[i % 2], static_cast<std::uint32_t>(i / 2) % 2);
     const int number = shared.work[i % 2];
-    __syncwarp();
-    if (lane == 0) Barrier::arrive(&shared.work_empty[i % 2]);
+    arrive_once(&shared.work_empty[i % 2], lane);
     if (number < 0) break;
     const ForwardTile tile = tile_of(params, number);
     const int live = tile.span.q_count - tile.first_row;
@@ -235,7 +234,7 @@ __device__ void compute_forward(const ForwardParams& params,
       Barrier::wait(&full[count % kStages], static_cast<std::uint32_t>(count / kStages) % 2);
     };
     const auto leave = [&](std::uint64_t* empty, int count) {
-      if (lane == 0) Barrier::arrive(&empty[count % kStages]);
+      arrive_once(&empty[count % kStages], lane);
     };
 
     Barrier::wait(&shared.q_full, static_cast<std::uint32_t>(i) % 2);
@@ -275,18 +274,20 @@ __device__ void compute_forward(const ForwardParams& params,
       warpgroup_fence_operand(next);
       leave(shared.k_empty, n + 1);
       soften(next, block, factor);
+      // Never so: a wait moves up to the last branch before it, and the weights are to be made
+      // while the product goes on.
+      if (sum[0] + sum[1] < 0) __nanosleep(1000);
       warpgroup_wait<0>();
       warpgroup_fence_operand(out);
       leave(shared.v_empty, n);
-      auto words = rounded<T>(next);
-      copy(words, p);
+      round_into(next, p);
       // The maxima of most rows stay as they are after a few blocks.
       if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
         for (int j = 0; j < size(out); ++j) out(j) *= factor[j / 2 % 2];
       }
     }
-    if (lane == 0) Barrier::arrive(&shared.q_empty);
+    arrive_once(&shared.q_empty, lane);
     auto p_factor = make_tensor(p.data(), AsFactor{});
     wait_full(shared.v_full, n);
     multiply<false>(mma_values, p_factor, v_tiles(_, _, _, n % kStages), out);
