@@ -24,6 +24,9 @@ struct Timing {
 /// Times `call(i)`, given to `stream`, with events around each of `repeats` calls after warm-up.
 Timing time_calls(void* stream, int warmup, int repeats, const std::function<void(int)>& call);
 
+/// Launches a kernel that does nothing.
+void empty_launch(void* stream);
+
 /// A tensor on a GPU, filled with seeded values near normal ones (never zeros: they run faster).
 struct GpuTensor {
   Buffer buffer;

@@ -281,7 +281,7 @@ __device__ void compute(const BackwardParams& params,
     multiply<false>(mma_keys, ds_factor, q_t_tiles(_, _, _, stage), dk);
     warpgroup_wait<1>();
     warpgroup_fence_operand(dq);
-    arrive_once(&shared.dout_empty[stage], lane);
+    Barrier::arrive(&shared.dout_empty[stage]);
     float* const sums = params.dq +
                         (head * params.tiles + span.tile_begin + tile) * (kQueries * kWidth) +
                         (Types::kShareKeys ? group * (kQueries * 64) : 0);
@@ -299,7 +299,7 @@ __device__ void compute(const BackwardParams& params,
     group_barrier(group);
     if (in_group == 0) bulk_add(sums, staged, kQueries * 64 * static_cast<int>(sizeof(float)));
     warpgroup_wait<0>();
-    arrive_once(&shared.q_empty[stage], lane);
+    Barrier::arrive(&shared.q_empty[stage]);
     if (++tile == unit.end_tile) {
       tile = unit.first_tile;
       ++head;
@@ -349,9 +349,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     for (int stage = 0; stage < Types::kStages; ++stage) {
       Barrier::init(&shared.q_full[stage], 1);
       Barrier::init(&shared.dout_full[stage], 1);
-      // One arrival of every warp that computes.
-      Barrier::init(&shared.q_empty[stage], kComputeThreads / 32);
-      Barrier::init(&shared.dout_empty[stage], kComputeThreads / 32);
+      // Every thread that computes says for itself that it has read (forward.cuh).
+      Barrier::init(&shared.q_empty[stage], kComputeThreads);
+      Barrier::init(&shared.dout_empty[stage], kComputeThreads);
     }
     cutlass::arch::fence_barrier_init();
   }

@@ -38,12 +38,6 @@ __device__ __forceinline__ void pass_turn(int group, int count = 0) {
       kComputeThreads, kTurnBarrier + static_cast<std::uint32_t>(1 - group + count % 2 * 2));
 }
 
-/// One arrival for a warp, once all of its lanes are done with what the barrier stands for.
-__device__ __forceinline__ void arrive_once(std::uint64_t* barrier, int lane) {
-  __syncwarp();
-  if (lane == 0) Barrier::arrive(barrier);
-}
-
 __device__ __forceinline__ void compute_barrier() {
   cutlass::arch::NamedBarrier::sync(kComputeThreads, kComputeBarrier);
 }
