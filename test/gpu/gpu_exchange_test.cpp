@@ -30,7 +30,8 @@ struct Tensors {
   TensorView q, k, v, dout, out, lse, dq, dk, dv;
 };
 
-Tensors make_tensors(const Problem& problem, int64_t rows, Device device) {
+Tensors make_tensors(const Problem& problem, int64_t rows, Device device,
+                     std::uint64_t first_seed = 0) {
   Tensors tensors;
   const auto make = [&](int64_t heads, bool poison, std::uint64_t seed) {
     TensorView view =
@@ -39,7 +40,7 @@ Tensors make_tensors(const Problem& problem, int64_t rows, Device device) {
         poison ? std::vector<std::byte>(
                      static_cast<std::size_t>(view.num_elements() * item_size(problem.dtype)),
                      std::byte{0xff})
-               : random_bytes(view.num_elements(), problem.dtype, seed);
+               : random_bytes(view.num_elements(), problem.dtype, first_seed + seed);
     tensors.buffers.push_back(cuda::allocate(device, static_cast<int64_t>(bytes.size())));
     view.data = tensors.buffers.back().memory.get();
     cuda::copy(view.data, bytes.data(), static_cast<int64_t>(bytes.size()));
@@ -195,6 +196,51 @@ TEST_F(GpuExchange, LongRunStaysRightAndFlat) {
       // The driver's pool grows by 32 MiB when ranks that share a GPU meet in a new order.
       EXPECT_LE(result.growth, std::size_t{32} << 20) << ranks << " ranks";
     }
+  }
+}
+
+/// Rows that a forward fetches while it computes are used when they have arrived, not before: what
+/// lies in their place is of the call before, which had other keys.
+TEST_F(GpuExchange, FetchedRowsAreThoseOfTheCall) {
+  Problem problem;
+  problem.dtype = DType::kBFloat16;
+  problem.heads = 8;
+  problem.kv_heads = 2;
+  problem.head_dim = 128;
+  for (const int ranks : {2, 4}) {
+    const std::vector<Plan> plans = {
+        Plan::from_lengths(std::vector<int64_t>{16384}, ranks),
+        Plan::from_lengths(std::vector<int64_t>{8992, 304, 7088}, ranks)};
+    const auto groups = Communicator::threads(ranks);
+    std::vector<int> wrong(static_cast<std::size_t>(ranks), 0);
+    on_ranks(ranks, [&](int rank) {
+      const Device device{DeviceType::kCuda, rank % cuda::device_count()};
+      cuda::use_device(device);
+      const Communicator group =
+          Communicator::peer(groups[static_cast<std::size_t>(rank)], device.index);
+      const auto stream = cuda::make_stream(device);
+      AttentionOptions options;
+      options.stream = stream.get();
+      const auto seed = static_cast<std::uint64_t>(10 * rank);
+      const Tensors sets[] = {
+          make_tensors(problem, plans[0].local_tokens(rank), device, seed + 100),
+          make_tensors(problem, plans[0].local_tokens(rank), device, seed + 200)};
+      std::vector<First> first(4);
+      for (int step = 0; step < 200; ++step) {
+        const auto set = static_cast<std::size_t>(step % 2);
+        const auto which = static_cast<std::size_t>(step / 2 % 3 % 2);
+        const Tensors& t = sets[set];
+        poison(t, cuda::as_stream(stream.get()));
+        forward(t.q, t.k, t.v, plans[which], group, options, t.out, t.lse);
+        if (step % 3 == 1) continue;  // calls also follow one another without a pause
+        cuda::synchronize(device, stream.get());
+        First& want = first[2 * which + set];
+        const First got{read(t.out), read(t.lse), {}, {}, {}};
+        if (want.out.empty()) want = got;
+        if (got.lse != want.lse || got.out != want.out) ++wrong[static_cast<std::size_t>(rank)];
+      }
+    });
+    for (const int count : wrong) EXPECT_EQ(count, 0) << ranks << " ranks";
   }
 }
 
