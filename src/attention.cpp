@@ -182,10 +182,8 @@ class Schedule {
       const AttendBackwardArgs args = arguments(stage);
       const comm::Step step{"reduction of dK and dV", stage, stages_};
       const TensorView sources[] = {args.dk, args.dv};
-      const bool in_parts =
-          !alone() &&
-          transport_.reduces_in_parts(table_, partial_row_bytes(), backend_->exchange_queue()) &&
-          backend_->attend_backward_others(args);
+      const bool in_parts = !alone() && transport_.reduces_in_parts(backend_->exchange_queue()) &&
+                            backend_->attend_backward_others(args);
       if (in_parts) {
         if (fetched.k.view.data == nullptr) {
           const int64_t rows = (transport_.size() - 1) * table_.local_tokens;
@@ -254,9 +252,6 @@ class Schedule {
     return result;
   }
   Gathered gathered_buffer(DType dtype) { return buffer_of(table_.gathered_tokens, dtype); }
-  int64_t partial_row_bytes() const {
-    return problem_.kv_heads_per_stage * problem_.head_dim * item_size(DType::kFloat32);
-  }
 
   TensorView kv_heads(const TensorView& x, int stage) const {
     if (alone()) return x;

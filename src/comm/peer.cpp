@@ -29,8 +29,8 @@ constexpr std::int64_t kEngineBytes = std::int64_t{16} << 20;
 constexpr std::int64_t kMaxEngineCopies = 256;
 
 /// Partials are fetched while attention goes on where copies are this long on average and take no
-/// more memory a tensor than kMostFetched.
-constexpr std::int64_t kFetchBytes = std::int64_t{1} << 20;
+/// more memory a tensor than kMostFetched. Shorter ones take longer than what could hide them.
+constexpr std::int64_t kFetchBytes = std::int64_t{5} << 19;
 constexpr std::int64_t kMostFetched = std::int64_t{1} << 30;
 
 constexpr std::int64_t kAlignment = 256;
@@ -137,21 +137,9 @@ class PeerTransport final : public Transport {
     hide_partials(shown, step, stream);
   }
 
-  bool reduces_in_parts(const ExchangeTable& table, std::int64_t row_bytes,
-                        Queue queue) const override {
+  bool reduces_in_parts(Queue queue) const override {
     // A graph keeps to the path that is tested in one.
-    if (is_capturing(as_stream(queue.stream))) return false;
-    std::int64_t segments = 0;
-    std::int64_t rows = 0;
-    for (int r = 0; r < size(); ++r) {
-      if (r == rank()) continue;
-      const std::vector<Segment>& from = table.sends[static_cast<std::size_t>(r)];
-      segments += static_cast<std::int64_t>(from.size());
-      rows += count_rows(from);
-    }
-    return segments > 0 && segments <= kMaxEngineCopies &&
-           rows * row_bytes >= segments * kFetchBytes &&
-           (size() - 1) * table.local_tokens * row_bytes <= kMostFetched;
+    return all_want_parts_ && !is_capturing(as_stream(queue.stream));
   }
 
   void fetch_partials(std::span<const TensorView> partials, std::span<const TensorView> fetched,
@@ -208,6 +196,21 @@ class PeerTransport final : public Transport {
     return {name, group_.rank(), group_.device(), cuda::Lane::kExchange, stream};
   }
 
+  /// Whether this rank would fetch partials with rows of `row_bytes` while attention goes on.
+  bool wants_parts(const ExchangeTable& table, std::int64_t row_bytes) const {
+    std::int64_t segments = 0;
+    std::int64_t rows = 0;
+    for (int r = 0; r < size(); ++r) {
+      if (r == rank()) continue;
+      const std::vector<Segment>& from = table.sends[static_cast<std::size_t>(r)];
+      segments += static_cast<std::int64_t>(from.size());
+      rows += count_rows(from);
+    }
+    return segments > 0 && segments <= kMaxEngineCopies &&
+           rows * row_bytes >= segments * kFetchBytes &&
+           (size() - 1) * table.local_tokens * row_bytes <= kMostFetched;
+  }
+
   /// Packs this rank's rows and lets peers read them; from here on `stream` may read theirs. Gives
   /// where in its memory every rank has put every tensor's: [size, tensors].
   std::vector<std::int64_t> show_rows(std::span<const TensorView> sources,
@@ -239,7 +242,21 @@ class PeerTransport final : public Transport {
       }
     }
     group_.packed(stream);
-    return group_.publish(offsets, step, stream);
+    // A rank that fetches early waits for the others' partials: it gains where all show theirs
+    // early.
+    std::vector<std::int64_t> values = offsets;
+    const std::int64_t partial_bytes =
+        sources[0].row_elements() * static_cast<std::int64_t>(sizeof(float));
+    values.push_back(wants_parts(table, partial_bytes) ? 1 : 0);
+    const std::vector<std::int64_t> all = group_.publish(values, step, stream);
+    all_want_parts_ = true;
+    std::vector<std::int64_t> all_offsets;
+    for (std::size_t at = 0; at < all.size(); at += values.size()) {
+      const auto rank_values = std::span(all).subspan(at, values.size());
+      all_offsets.insert(all_offsets.end(), rank_values.begin(), rank_values.end() - 1);
+      all_want_parts_ = all_want_parts_ && rank_values.back() != 0;
+    }
+    return all_offsets;
   }
 
   /// Fetches the rows of every tensor from all ranks, this one's own among them.
@@ -435,6 +452,7 @@ class PeerTransport final : public Transport {
 
   PeerGroup group_;
   CopyBy copy_by_;
+  bool all_want_parts_ = false;  // as the last gather found
 };
 
 }  // namespace

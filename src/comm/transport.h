@@ -107,13 +107,10 @@ class Transport {
                       std::span<const TensorView> destinations, const ExchangeTable& table,
                       const Step& step, Queue queue) = 0;
 
-  /// True when a reduction of tensors with rows of `row_bytes` may be made in two parts, the first
+  /// True when the reduction that belongs to the last gather may be made in two parts, the first
   /// while this rank still works on the gradients of its own rows. Ranks of one exchange may choose
   /// differently: what they send each other is the same.
-  virtual bool reduces_in_parts(const ExchangeTable& /*table*/, std::int64_t /*row_bytes*/,
-                                Queue /*queue*/) const {
-    return false;
-  }
+  virtual bool reduces_in_parts(Queue /*queue*/) const { return false; }
   /// The first part: partials as in reduce, of which the rows that other ranks own are complete ->
   /// fetched[i] [(world_size - 1) x local_tokens, heads, head_dim] float32 contiguous: the other
   /// ranks' partials of this rank's rows, rank after rank. Rows that a rank does not hold are not
