@@ -3,6 +3,7 @@
 #include <exception>
 #include <memory>
 #include <new>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -182,14 +183,16 @@ class Schedule {
       const AttendBackwardArgs args = arguments(stage);
       const comm::Step step{"reduction of dK and dV", stage, stages_};
       const TensorView sources[] = {args.dk, args.dv};
-      const bool in_parts = !alone() && transport_.reduces_in_parts(backend_->exchange_queue()) &&
-                            backend_->attend_backward_others(args);
-      if (in_parts) {
+      std::optional<Queue> others;
+      if (!alone() && transport_.reduces_in_parts(backend_->exchange_queue())) {
+        others = backend_->attend_backward_others(args);
+      }
+      if (others) {
         if (fetched.k.view.data == nullptr) {
           const int64_t rows = (transport_.size() - 1) * table_.local_tokens;
           fetched = {buffer_of(rows, DType::kFloat32), buffer_of(rows, DType::kFloat32)};
         }
-        backend_->order(backend_->compute_queue(), backend_->exchange_queue());
+        backend_->order(*others, backend_->exchange_queue());
         const TensorView views[] = {fetched.k.view, fetched.v.view};
         transport_.fetch_partials(sources, views, table_, step, backend_->exchange_queue());
       }
@@ -202,7 +205,7 @@ class Schedule {
       if (alone()) continue;
       backend_->order(backend_->compute_queue(), backend_->exchange_queue());
       const TensorView destinations[] = {kv_heads(dk, stage), kv_heads(dv, stage)};
-      if (in_parts) {
+      if (others) {
         const TensorView views[] = {fetched.k.view, fetched.v.view};
         transport_.add_up(sources, views, destinations, table_, backend_->exchange_queue());
       } else {

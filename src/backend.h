@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -124,9 +125,11 @@ class Backend {
   /// then does the rest. Only for a rank that is not alone.
   virtual void attend_backward_early(const AttendBackwardArgs& /*args*/) {}
   /// Called between the two, once K and V are gathered, with the arguments of attend_backward.
-  /// True when, in the order of the queue, dk and dv are then complete for all rows but the rank's
-  /// own; attend_backward does the rest.
-  virtual bool attend_backward_others(const AttendBackwardArgs& /*args*/) { return false; }
+  /// Gives the queue in whose order dk and dv are then complete for all rows but the rank's own;
+  /// attend_backward does the rest. Nothing when that is not worth it.
+  virtual std::optional<Queue> attend_backward_others(const AttendBackwardArgs& /*args*/) {
+    return std::nullopt;
+  }
 };
 
 /// src/cpu: the fast kernels, and their plain twins.

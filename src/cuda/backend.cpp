@@ -1,7 +1,7 @@
 #include "backend.h"
 
-#include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -21,23 +21,6 @@ namespace {
 /// the last row must be finite: this many bytes behind every buffer are zero.
 constexpr std::int64_t kZeroTail = std::int64_t{1} << 20;
 
-/// An event of the calling thread on this device; a wait binds to its latest record at once, so one
-/// serves for all orderings.
-cudaEvent_t ordering_event(int device) {
-  struct Events {
-    std::map<int, cudaEvent_t> made;
-    ~Events() {
-      for (const auto& entry : made) (void)cudaEventDestroy(entry.second);
-    }
-  };
-  thread_local Events events;
-  cudaEvent_t& event = events.made[device];
-  if (event == nullptr) {
-    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
-  }
-  return event;
-}
-
 class CudaBackend final : public Backend {
  public:
   CudaBackend(Device device, Kernels kernels, void* stream)
@@ -45,14 +28,11 @@ class CudaBackend final : public Backend {
 
   bool overlaps() const override { return true; }
   Queue compute_queue() override { return {stream_}; }
-  Queue exchange_queue() override { return {device_.exchange_stream(stream_)}; }
+  Queue exchange_queue() override { return {device_.side_stream(stream_, Side::kExchange)}; }
 
   void order(Queue earlier, Queue later) override {
-    if (earlier.stream == later.stream) return;
-    DeviceGuard guard(device_.index());
-    const cudaEvent_t event = ordering_event(device_.index());
-    check(cudaEventRecord(event, as_stream(earlier.stream)), "cudaEventRecord");
-    check(cudaStreamWaitEvent(as_stream(later.stream), event, 0), "cudaStreamWaitEvent");
+    device_.order(as_stream(earlier.stream), as_stream(later.stream));
+    if (later.stream == stream_ && hopper_begun_ != nullptr) hopper_begun_->follow(earlier.stream);
   }
 
   Buffer allocate(std::int64_t bytes) override {
@@ -95,8 +75,9 @@ class CudaBackend final : public Backend {
 
   void attend_backward_early(const AttendBackwardArgs& args) override { begin(args, true); }
 
-  bool attend_backward_others(const AttendBackwardArgs& args) override {
-    return hopper_begun_ != nullptr && hopper_begun_->others(args);
+  std::optional<Queue> attend_backward_others(const AttendBackwardArgs& args) override {
+    if (hopper_begun_ == nullptr || !hopper_begun_->others(args)) return std::nullopt;
+    return Queue{hopper_begun_->others_stream()};
   }
 
   void attend_backward(const AttendBackwardArgs& args) override {

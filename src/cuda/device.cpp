@@ -228,16 +228,37 @@ void DeviceState::free(void* memory, cudaStream_t stream) noexcept {
   (void)cudaSetDevice(previous);
 }
 
-cudaStream_t DeviceState::exchange_stream(cudaStream_t compute) {
+namespace {
+
+/// An event of the calling thread on this device; a wait binds to its latest record at once, so one
+/// serves for all orderings.
+cudaEvent_t ordering_event(int device) {
+  struct Events {
+    std::map<int, cudaEvent_t> made;
+    ~Events() {
+      for (const auto& entry : made) (void)cudaEventDestroy(entry.second);
+    }
+  };
+  thread_local Events events;
+  cudaEvent_t& event = events.made[device];
+  if (event == nullptr) {
+    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
+  }
+  return event;
+}
+
+}  // namespace
+
+cudaStream_t DeviceState::side_stream(cudaStream_t compute, Side side) {
   // Per thread, so that ranks that are threads on one GPU never share one.
   struct Streams {
-    std::map<std::pair<int, cudaStream_t>, cudaStream_t> made;
+    std::map<std::tuple<int, cudaStream_t, Side>, cudaStream_t> made;
     ~Streams() {
       for (const auto& entry : made) (void)cudaStreamDestroy(entry.second);
     }
   };
   thread_local Streams streams;
-  cudaStream_t& stream = streams.made[{index_, compute}];
+  cudaStream_t& stream = streams.made[{index_, compute, side}];
   if (stream == nullptr) {
     DeviceGuard guard(index_);
     int least = 0;
@@ -247,6 +268,14 @@ cudaStream_t DeviceState::exchange_stream(cudaStream_t compute) {
           "cudaStreamCreateWithPriority");
   }
   return stream;
+}
+
+void DeviceState::order(cudaStream_t earlier, cudaStream_t later) {
+  if (earlier == later) return;
+  DeviceGuard guard(index_);
+  const cudaEvent_t event = ordering_event(index_);
+  check(cudaEventRecord(event, earlier), "cudaEventRecord");
+  check(cudaStreamWaitEvent(later, event, 0), "cudaStreamWaitEvent");
 }
 
 }  // namespace zigzag::cuda

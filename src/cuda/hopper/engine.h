@@ -35,6 +35,11 @@ class HopperBackward {
   /// With K and V gathered: makes dk and dv complete for all rows but the rank's own, unless that
   /// is not worth a launch of its own: false, and finish does it.
   bool others(const AttendBackwardArgs& args);
+  /// The stream in whose order they are.
+  void* others_stream() const;
+  /// What others gives starts after the work given to `earlier` so far, but not after that of
+  /// begin.
+  void follow(void* earlier);
   void finish(const AttendBackwardArgs& args);
 
  private:
