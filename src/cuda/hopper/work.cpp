@@ -297,6 +297,7 @@ FetchWork make_fetch_work(const AttendArgs& args, std::span<const std::vector<Se
   const int64_t most = std::max<int64_t>(1, kFetchBytes / row_bytes);
   int64_t gathered_end = 0;
   for (int64_t source = 0; source < ranks; ++source) {
+    const int64_t ring = source > args.rank ? source - args.rank : source - args.rank + ranks;
     for (const Segment& segment : receives[static_cast<std::size_t>(source)]) {
       int64_t row = segment.destination_row;
       const int64_t end = row + segment.rows;
@@ -320,7 +321,7 @@ FetchWork make_fetch_work(const AttendArgs& args, std::span<const std::vector<Se
                 narrow(row), narrow(to - row)},
                order == nullptr ? std::ssize(orders) : order->number,
                0,
-               (source - args.rank - 1 + ranks) % ranks});
+               ring});
         }
         row = to;
       }
