@@ -47,7 +47,8 @@ class KernelCase {
   // Filled with numbers in [-1, 1) from a fixed sequence.
   TensorView tensor(DType dtype, std::vector<std::int64_t> shape) {
     TensorView view = TensorView::contiguous(nullptr, dtype, std::move(shape));
-    memory_.push_back(backend_->allocate(view.num_elements() * item_size(dtype)));
+    memory_.push_back(
+        backend_->allocate(view.num_elements() * item_size(dtype), backend_->compute_queue()));
     view.data = memory_.back().memory.get();
     for (std::int64_t i = 0; i < view.num_elements(); ++i) {
       state_ = state_ * 6364136223846793005u + 1442695040888963407u;

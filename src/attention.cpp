@@ -190,7 +190,10 @@ class Schedule {
       if (others) {
         if (fetched.k.view.data == nullptr) {
           const int64_t rows = (transport_.size() - 1) * table_.local_tokens;
-          fetched = {buffer_of(rows, DType::kFloat32), buffer_of(rows, DType::kFloat32)};
+          // Only exchanges use it, and they do not wait for what attention's queue is at.
+          const Queue queue = backend_->exchange_queue();
+          fetched = {buffer_of(rows, DType::kFloat32, queue),
+                     buffer_of(rows, DType::kFloat32, queue)};
         }
         backend_->order(*others, backend_->exchange_queue());
         const TensorView views[] = {fetched.k.view, fetched.v.view};
@@ -224,13 +227,14 @@ class Schedule {
     Gathered k;
     Gathered v;
   };
-  /// When an exception leaves its scope, makes attention's queue wait for the exchanges given so
-  /// far: memory is released in the order of that queue.
+  /// When an exception leaves its scope, makes attention's queue wait for all work given so far:
+  /// memory is released in the order of that queue.
   class JoinOnError {
    public:
     explicit JoinOnError(Schedule& schedule) : schedule_(schedule) {}
     ~JoinOnError() {
       if (std::uncaught_exceptions() == exceptions_) return;
+      schedule_.backend_->abandon();
       try {
         schedule_.join_exchange();
       } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch): the device has failed
@@ -246,15 +250,17 @@ class Schedule {
 
   bool alone() const { return transport_.size() == 1; }
 
-  Gathered buffer_of(int64_t rows, DType dtype) {
+  Gathered buffer_of(int64_t rows, DType dtype, Queue queue) {
     Gathered result;
     result.view = TensorView::contiguous(
         nullptr, dtype, {rows, problem_.kv_heads_per_stage, problem_.head_dim}, q_.device);
-    result.buffer = backend_->allocate(result.view.num_elements() * item_size(dtype));
+    result.buffer = backend_->allocate(result.view.num_elements() * item_size(dtype), queue);
     result.view.data = result.buffer.memory.get();
     return result;
   }
-  Gathered gathered_buffer(DType dtype) { return buffer_of(table_.gathered_tokens, dtype); }
+  Gathered gathered_buffer(DType dtype) {
+    return buffer_of(table_.gathered_tokens, dtype, backend_->compute_queue());
+  }
 
   TensorView kv_heads(const TensorView& x, int stage) const {
     if (alone()) return x;

@@ -78,7 +78,7 @@ struct AttendBackwardAllArgs : AttendAllArgs {
   std::vector<std::span<const WorkItem>> items;  // of each rank
 };
 
-/// Memory that a backend owns; released in the order of its queue.
+/// Memory that a backend owns; released in the order of the queue that it was allocated for.
 struct Buffer {
   std::shared_ptr<void> memory;
   std::int64_t bytes = 0;
@@ -104,8 +104,9 @@ class Backend {
   virtual Queue exchange_queue() = 0;
   /// Work given to `later` from here on starts after everything given to `earlier` so far.
   virtual void order(Queue earlier, Queue later) = 0;
-  /// Uninitialised memory, aligned to 256 bytes.
-  virtual Buffer allocate(std::int64_t bytes) = 0;
+  /// Uninitialised memory, aligned to 256 bytes, for work that is given to `queue` from here on or
+  /// ordered after it.
+  virtual Buffer allocate(std::int64_t bytes, Queue queue) = 0;
   virtual void attend(const AttendArgs& args) = 0;
   /// True when attend_open takes a call with these arguments.
   virtual bool attends_open(const AttendArgs& /*args*/, const TensorView& /*own_k*/,
@@ -130,6 +131,8 @@ class Backend {
   virtual std::optional<Queue> attend_backward_others(const AttendBackwardArgs& /*args*/) {
     return std::nullopt;
   }
+  /// A backward that has been begun will not be finished: compute_queue() waits for what it gave.
+  virtual void abandon() noexcept {}
 };
 
 /// src/cpu: the fast kernels, and their plain twins.

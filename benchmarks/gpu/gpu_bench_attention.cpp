@@ -43,7 +43,8 @@ void time_compute_only(const std::vector<Plan>& plans, const Heads& heads, int r
     // The backend's own memory: rows behind the last one are finite there.
     const auto buffer = [&](DType dtype) {
       TensorView view = TensorView::contiguous(nullptr, dtype, {rows, heads.kv, heads.dim}, device);
-      Buffer memory = backend->allocate(view.num_elements() * item_size(dtype));
+      Buffer memory =
+          backend->allocate(view.num_elements() * item_size(dtype), backend->compute_queue());
       view.data = memory.memory.get();
       return GpuTensor{std::move(memory), view};
     };

@@ -30,7 +30,7 @@ constexpr std::int64_t kMaxEngineCopies = 256;
 
 /// Partials are fetched while attention goes on where copies are this long on average and take no
 /// more memory a tensor than kMostFetched. Shorter ones take longer than what could hide them.
-constexpr std::int64_t kFetchBytes = std::int64_t{5} << 19;
+constexpr std::int64_t kEarlyBytes = std::int64_t{5} << 19;
 constexpr std::int64_t kMostFetched = std::int64_t{1} << 30;
 
 constexpr std::int64_t kAlignment = 256;
@@ -206,8 +206,8 @@ class PeerTransport final : public Transport {
       segments += static_cast<std::int64_t>(from.size());
       rows += count_rows(from);
     }
-    return segments > 0 && segments <= kMaxEngineCopies &&
-           rows * row_bytes >= segments * kFetchBytes &&
+    // Where there is nothing to fetch either way is right.
+    return segments <= kMaxEngineCopies && rows * row_bytes >= segments * kEarlyBytes &&
            (size() - 1) * table.local_tokens * row_bytes <= kMostFetched;
   }
 

@@ -251,10 +251,11 @@ void* PeerGroup::begin(std::int64_t bytes, const Step& step, cudaStream_t stream
       share_->signals->wait(PeerSignal::kConsumed, PeerSignal::kReady, kPeerSlots - 1, step,
                             stream);
     }
-    // Recorded by every peer before it came to the last exchange, so these waits bind to it.
+    // Recorded by every peer before it came to the last exchange, so these waits bind to it. This
+    // rank may have read its own rows on another stream.
     const auto ring = static_cast<std::size_t>((exchange_ - kPeerSlots) % kPeerRing);
-    for (int r = 0; r < size() && one_process_; ++r) {
-      if (r == rank()) continue;
+    for (int r = 0; r < size(); ++r) {
+      if (!one_process_ && r != rank()) continue;
       check(cudaStreamWaitEvent(stream, peers_[static_cast<std::size_t>(r)].consumed[ring], 0),
             "cudaStreamWaitEvent");
     }

@@ -118,7 +118,6 @@ class PeerGroup {
   std::int64_t exchange_ = 0;
   std::vector<std::unique_ptr<CapturedExchange>> captured_;
   bool capturing_ = false;  // the exchange under way is the last of captured_
-  std::array<std::int64_t, kPeerSlots> published_capacity_{};
 };
 
 }  // namespace zigzag::comm

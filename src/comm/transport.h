@@ -107,7 +107,7 @@ class Transport {
                       std::span<const TensorView> destinations, const ExchangeTable& table,
                       const Step& step, Queue queue) = 0;
 
-  /// True when the reduction that belongs to the last gather may be made in two parts, the first
+  /// True when the reductions of a call whose gathers were made may be made in two parts, the first
   /// while this rank still works on the gradients of its own rows. Ranks of one exchange may choose
   /// differently: what they send each other is the same.
   virtual bool reduces_in_parts(Queue /*queue*/) const { return false; }

@@ -157,7 +157,9 @@ void set_zero(const TensorView& x, const RowRange& rows) {
 
 }  // namespace
 
-Buffer CpuBackend::allocate(std::int64_t bytes) { return {pooled_pages(bytes), bytes}; }
+Buffer CpuBackend::allocate(std::int64_t bytes, Queue /*queue*/) {
+  return {pooled_pages(bytes), bytes};
+}
 
 void FusedBackend::attend(const AttendArgs& args) {
   run_forward(make_problem(args), join_items(args.items));

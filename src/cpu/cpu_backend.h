@@ -13,7 +13,7 @@ class CpuBackend : public Backend {
   Queue compute_queue() override { return {}; }
   Queue exchange_queue() override { return {}; }
   void order(Queue, Queue) override {}
-  Buffer allocate(std::int64_t bytes) override;
+  Buffer allocate(std::int64_t bytes, Queue queue) override;
 };
 
 /// The SIMD kernels.

@@ -35,10 +35,10 @@ class CudaBackend final : public Backend {
     if (later.stream == stream_ && hopper_begun_ != nullptr) hopper_begun_->follow(earlier.stream);
   }
 
-  Buffer allocate(std::int64_t bytes) override {
+  Buffer allocate(std::int64_t bytes, Queue queue) override {
     DeviceGuard guard(device_.index());
     DeviceState* device = &device_;
-    const cudaStream_t stream = stream_;
+    const cudaStream_t stream = as_stream(queue.stream);
     void* memory = device_.allocate(bytes + kZeroTail, stream);
     Buffer buffer;
     buffer.memory = std::shared_ptr<void>(
@@ -78,6 +78,11 @@ class CudaBackend final : public Backend {
   std::optional<Queue> attend_backward_others(const AttendBackwardArgs& args) override {
     if (hopper_begun_ == nullptr || !hopper_begun_->others(args)) return std::nullopt;
     return Queue{hopper_begun_->others_stream()};
+  }
+
+  void abandon() noexcept override {
+    hopper_begun_.reset();
+    cudnn_begun_.reset();
   }
 
   void attend_backward(const AttendBackwardArgs& args) override {

@@ -181,17 +181,16 @@ void check_runs(const ForwardUnit& unit, const Span& span, int64_t document, con
 }
 
 /// Pieces bring the right rows, none twice; gives which rows are there in the end.
-std::vector<int> check_fetch(const AttendArgs& args, const Layout& layout) {
+std::vector<int> check_fetch(const AttendArgs& args, const Layout& layout, int64_t row_bytes) {
   const std::vector<std::vector<Segment>> receives =
       comm::make_exchange_table(*args.plan, args.rank, args.mask).receives;
-  constexpr int64_t kRowBytes = 2048;
-  const FetchWork work = make_fetch_work(args, receives, kRowBytes);
+  const FetchWork work = make_fetch_work(args, receives, row_bytes);
   std::vector<int> fetched(layout.gathered.size());
   std::vector<int64_t> wanted(work.wanted.size());
   int64_t rows = 0;
   for (const FetchPiece& piece : work.pieces) {
     EXPECT_GT(piece.rows, 0);
-    EXPECT_LE(piece.rows * kRowBytes, kFetchBytes);
+    EXPECT_LE(piece.rows * row_bytes, kFetchBytes);
     EXPECT_EQ(piece.row / kKeyTile, (piece.row + piece.rows - 1) / kKeyTile);
     wanted.at(static_cast<std::size_t>(piece.row / kKeyTile)) += piece.rows;
     rows += piece.rows;
@@ -215,8 +214,10 @@ std::vector<int> check_fetch(const AttendArgs& args, const Layout& layout) {
 void check_forward(const AttendArgs& args, const Layout& layout, bool own_rows) {
   SCOPED_TRACE(own_rows ? "forward, own rows in place" : "forward");
   const ForwardWork work = make_forward_work(args, own_rows);
-  const std::vector<int> fetched =
-      own_rows ? check_fetch(args, layout) : std::vector<int>(layout.gathered.size(), 1);
+  std::vector<int> fetched(layout.gathered.size(), 1);
+  for (const int64_t row_bytes : {16, 2048, 16384}) {
+    if (own_rows) fetched = check_fetch(args, layout, row_bytes);
+  }
   ASSERT_NO_FATAL_FAILURE(check_spans(work.spans, kForwardTile, layout));
   std::vector<int> written(layout.local.size());
   Seen seen(layout.local.size());
@@ -391,7 +392,7 @@ const std::vector<Heads> kSeveralHeads = {{1, 1, 132}, {6, 2, 132}, {8, 1, 24}, 
 
 void check_pack(const std::vector<int64_t>& lengths, const std::vector<Mask>& masks,
                 const std::vector<Heads>& heads) {
-  for (const int64_t world_size : {1, 2, 3, 4, 5, 8}) {
+  for (const int64_t world_size : {1, 2, 3, 4, 5, 8, 16}) {
     const Plan plan = Plan::from_lengths(lengths, world_size);
     for (int64_t rank = 0; rank < world_size; ++rank) {
       for (const Mask& mask : masks) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <exception>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -332,7 +333,7 @@ struct HopperBackward::State {
   ~State() {
     try {
       join();
-    } catch (const DeviceError&) {  // NOLINT(bugprone-empty-catch): the device has failed
+    } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch): the device has failed
     }
   }
   State(const State&) = delete;

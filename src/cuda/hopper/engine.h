@@ -37,8 +37,8 @@ class HopperBackward {
   bool others(const AttendBackwardArgs& args);
   /// The stream in whose order they are.
   void* others_stream() const;
-  /// What others gives starts after the work given to `earlier` so far, but not after that of
-  /// begin.
+  /// What others gives starts after the work given to `earlier` so far, though not after the units
+  /// that begin gave.
   void follow(void* earlier);
   void finish(const AttendBackwardArgs& args);
 

@@ -41,8 +41,9 @@ struct Forward {
     std::uint64_t k_full[kStages], k_empty[kStages];
     std::uint64_t v_full[kStages], v_empty[kStages];
     std::uint64_t work_full[2], work_empty[2];
-    int work[2];         // numbers of tiles; negative: there are no more
-    int block[kStages];  // of the keys in k
+    // Volatile: CUTLASS's barriers do not tell the compiler that they order memory.
+    volatile int work[2];         // numbers of tiles; negative: there are no more
+    volatile int block[kStages];  // of the keys in k
     FetchBuffer fetch;
   };
 };
