@@ -43,6 +43,7 @@ for what in "$@"; do
       # A rank is killed in an exchange: the others end with an error that names it, and new
       # processes use the same GPUs.
       part kill_peer 60 env ZIGZAG_TIMEOUT_S=10 "${carry}/gpu_process_test" 2 peer 3 kill
+      part kill_backward 60 env ZIGZAG_TIMEOUT_S=10 "${carry}/gpu_process_test" 2 peer 3 kill-backward
       [[ "$(nvidia-smi -L | wc -l)" -gt 1 ]] && part kill_nccl 60 env ZIGZAG_TIMEOUT_S=10 "${carry}/gpu_process_test" 2 nccl 3 kill
       ;;
     run)

@@ -266,9 +266,9 @@ TEST_F(GpuAttention, NcclRanks) {
   check(make_problem({500, 77, 128}, 8, 4, 64, DType::kBFloat16), staged);
 }
 
-TEST_F(GpuAttention, LargePackAgreesWithOwnKernels) {
-  // Too long for the reference: cuDNN against the library's kernels, which the cases above check.
-  const Problem problem = make_problem({6000, 1000, 900, 292}, 8, 2, 128, DType::kBFloat16);
+/// Too long for the reference: held against the library's plain kernels, which the cases above
+/// check.
+void check_large(const Problem& problem) {
   bool held = false;
   RunOptions own = ranks(1);
   own.kernels = Kernels::kReference;
@@ -285,6 +285,15 @@ TEST_F(GpuAttention, LargePackAgreesWithOwnKernels) {
     EXPECT_WITHIN(distance(got.dk, want.dk), 1e-2);
     EXPECT_WITHIN(distance(got.dv, want.dv), 1e-2);
   }
+}
+
+TEST_F(GpuAttention, LargePackAgreesWithOwnKernels) {
+  check_large(make_problem({6000, 1000, 900, 292}, 8, 2, 128, DType::kBFloat16));
+}
+
+/// Partial gradients long enough to be fetched while attention goes on, at W = 2 and 4.
+TEST_F(GpuAttention, LongDocumentAgreesWithOwnKernels) {
+  check_large(make_problem({16384}, 8, 4, 128, DType::kBFloat16));
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
-// Ranks that are processes: gpu_process_test RANKS peer|nccl [STEPS [kill]]. The parent forks
-// before it touches CUDA; the ranks' host messages go through shared memory. Each rank compares its
-// rows with the float64 reference. With "kill" the last rank is killed after STEPS steps, when its
-// part of an exchange has been promised but not made: the others must end with an error that names
-// it within ZIGZAG_TIMEOUT_S, and new processes must then be able to use the GPUs. Exit code 0 when
-// all went so.
+// Ranks that are processes: gpu_process_test RANKS peer|nccl [STEPS [kill|kill-backward]]. The
+// parent forks before it touches CUDA; the ranks' host messages go through shared memory. Each rank
+// compares its rows with the float64 reference. With "kill" the last rank is killed after STEPS
+// steps in a forward, with "kill-backward" in a backward, when its part of an exchange has been
+// promised but not made: the others must end with an error that names it within ZIGZAG_TIMEOUT_S,
+// and new processes must then be able to use the GPUs. Exit code 0 when all went so.
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -114,9 +114,14 @@ void sleep_on_stream(void*) {
   while (true) std::this_thread::sleep_for(std::chrono::hours(1));
 }
 
-/// A forward to which the last rank promises its rows and is killed before it packs them.
-int run_until_killed(int rank, int size, Device device, const Communicator& group, void* stream) {
-  const Plan plan = Plan::from_lengths(std::vector<int64_t>{1000}, size);
+/// In which pass the last rank is killed.
+enum class Kill : std::uint8_t { kNever, kForward, kBackward };
+
+/// A pass to which the last rank promises its rows and is killed before it packs them.
+int run_until_killed(Kill kill, int rank, int size, Device device, const Communicator& group,
+                     void* stream) {
+  // Long enough that partial gradients would be fetched while attention goes on.
+  const Plan plan = Plan::from_lengths(std::vector<int64_t>{65536}, size);
   const auto tensor = [&](int64_t heads) {
     return on_gpu({plan.local_tokens(rank), heads, 64}, DType::kBFloat16, device, nullptr);
   };
@@ -125,8 +130,22 @@ int run_until_killed(int rank, int size, Device device, const Communicator& grou
   const GpuTensor v = tensor(2);
   const GpuTensor out = tensor(4);
   const GpuTensor lse = on_gpu({plan.local_tokens(rank), 4}, DType::kFloat32, device, nullptr);
+  const GpuTensor dout = tensor(4);
+  const GpuTensor dq = tensor(4);
+  const GpuTensor dk = tensor(2);
+  const GpuTensor dv = tensor(2);
   AttentionOptions options;
   options.stream = stream;
+  const auto pass = [&](bool backwards) {
+    if (backwards) {
+      backward(dout.view, q.view, k.view, v.view, out.view, lse.view, plan, group, options, dq.view,
+               dk.view, dv.view);
+    } else {
+      forward(q.view, k.view, v.view, plan, group, options, out.view, lse.view);
+    }
+    cuda::synchronize(device, stream);
+  };
+  if (kill == Kill::kBackward) pass(false);
   const bool victim = rank == size - 1;
   if (victim) {
     cuda::check(cudaLaunchHostFunc(cuda::as_stream(stream), sleep_on_stream, nullptr),
@@ -142,8 +161,7 @@ int run_until_killed(int rank, int size, Device device, const Communicator& grou
   const auto start = std::chrono::steady_clock::now();
   std::string message;
   try {
-    forward(q.view, k.view, v.view, plan, group, options, out.view, lse.view);
-    cuda::synchronize(device, stream);
+    pass(kill == Kill::kBackward);
   } catch (const std::exception& error) {
     message = error.what();
   }
@@ -157,7 +175,7 @@ int run_until_killed(int rank, int size, Device device, const Communicator& grou
   return named && seconds < timeout_seconds() + 10 ? 0 : 1;
 }
 
-int run_rank(Shared& shared, int rank, int size, const std::string& comm, int steps, bool kill,
+int run_rank(Shared& shared, int rank, int size, const std::string& comm, int steps, Kill kill,
              const std::vector<Problem>& problems,
              const std::vector<std::shared_ptr<const Results>>& wanted) {
   const Device device{DeviceType::kCuda, rank % cuda::device_count()};
@@ -214,14 +232,16 @@ int run_rank(Shared& shared, int rank, int size, const std::string& comm, int st
       }
     }
   }
-  if (kill) return run_until_killed(rank, size, device, group, stream.get());
+  if (kill != Kill::kNever) {
+    return run_until_killed(kill, rank, size, device, group, stream.get());
+  }
   std::printf("rank %d of %d, %s: %d steps, largest error %.2f of its bound\n", rank, size,
               comm.c_str(), steps, worst);
   return 0;
 }
 
 /// Runs the ranks and returns how many did not end as they should.
-int run_processes(int size, const std::string& comm, int steps, bool kill,
+int run_processes(int size, const std::string& comm, int steps, Kill kill,
                   const std::vector<Problem>& problems,
                   const std::vector<std::shared_ptr<const Results>>& wanted) {
   void* memory =
@@ -250,7 +270,7 @@ int run_processes(int size, const std::string& comm, int steps, bool kill,
     const bool waited = waitpid(children[static_cast<std::size_t>(rank)], &status, 0) > 0;
     const bool killed = waited && WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL;
     const bool ended = waited && WIFEXITED(status) && WEXITSTATUS(status) == 0;
-    if (!(kill && rank == size - 1 ? killed : ended)) ++failed;
+    if (!(kill != Kill::kNever && rank == size - 1 ? killed : ended)) ++failed;
   }
   std::printf("%d of %d ranks failed\n", failed, size);
   (void)munmap(memory, sizeof(Shared));
@@ -275,11 +295,14 @@ int run(int argc, char** argv) {
   std::vector<std::shared_ptr<const Results>> wanted;
   for (const Problem& problem : problems) wanted.push_back(reference_of(problem));
 
-  const bool kill = argc > 4 && std::string(argv[4]) == "kill";
+  const std::string word = argc > 4 ? argv[4] : "";
+  const Kill kill = word == "kill"            ? Kill::kForward
+                    : word == "kill-backward" ? Kill::kBackward
+                                              : Kill::kNever;
   const int failed = run_processes(size, comm, steps, kill, problems, wanted);
-  if (!kill || failed != 0) return failed == 0 ? 0 : 1;
+  if (kill == Kill::kNever || failed != 0) return failed == 0 ? 0 : 1;
   std::printf("new processes on the same GPUs:\n");
-  return run_processes(size, comm, steps, false, problems, wanted) == 0 ? 0 : 1;
+  return run_processes(size, comm, steps, Kill::kNever, problems, wanted) == 0 ? 0 : 1;
 }
 
 }  // namespace
