@@ -69,6 +69,8 @@ struct TensorView {
 
   /// Elements of one entry along dimension 0 (product of shape[1:]).
   std::int64_t row_elements() const;
+  /// Their bytes, gaps not counted.
+  std::int64_t row_bytes() const { return row_elements() * item_size(dtype); }
 
   /// True when strides are row-major without gaps (dimensions of size 1 do not count).
   bool is_contiguous() const;

@@ -56,10 +56,6 @@ NcclLibrary open_nccl() {
   return nccl;
 }
 
-std::int64_t row_bytes(const TensorView& view) {
-  return view.row_elements() * item_size(view.dtype);
-}
-
 /// Rows that go to or come from one peer: a run of the packed rows.
 struct Run {
   int peer;
@@ -175,7 +171,7 @@ class NcclTransport final : public Transport {
     std::vector<std::unique_ptr<cuda::Scratch>> sent;
     std::vector<std::unique_ptr<cuda::Scratch>> received;
     for (const TensorView& tensor : tensors) {
-      const std::int64_t bytes = row_bytes(tensor);
+      const std::int64_t bytes = tensor.row_bytes();
       sent.push_back(std::make_unique<cuda::Scratch>(device, out.rows * bytes, stream));
       received.push_back(std::make_unique<cuda::Scratch>(device, in.rows * bytes, stream));
       const TensorView packed = packed_like(tensor, sent.back()->data(), out.rows);
@@ -183,7 +179,7 @@ class NcclTransport final : public Transport {
     }
     nccl_.check(nccl_.group_start(), "ncclGroupStart");
     for (std::size_t t = 0; t < tensors.size(); ++t) {
-      const std::int64_t bytes = row_bytes(tensors[t]);
+      const std::int64_t bytes = tensors[t].row_bytes();
       for (const Run& run : out.runs) {
         nccl_.check(nccl_.send(sent[t]->as<char>() + run.first_row * bytes,
                                static_cast<std::size_t>(run.rows * bytes), ncclInt8, run.peer,

@@ -50,10 +50,6 @@ std::int64_t align(std::int64_t bytes) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-std::int64_t row_bytes(const TensorView& view) {
-  return view.row_elements() * item_size(view.dtype);
-}
-
 /// Ranks whose GPUs read each other's memory. A rank packs its rows into memory that peers may
 /// read, says so, and pulls what it needs; nothing waits for a GPU.
 class PeerTransport final : public Transport {
@@ -152,7 +148,7 @@ class PeerTransport final : public Transport {
     {
       const auto scope = span("fetch partials", stream);
       for (std::size_t t = 0; t < partials.size(); ++t) {
-        const std::int64_t bytes = row_bytes(partials[t]);
+        const std::int64_t bytes = partials[t].row_bytes();
         for (int i = 0; i + 1 < size(); ++i) {
           const int r = ring_peer(i);
           std::int64_t row = 0;
@@ -221,7 +217,7 @@ class PeerTransport final : public Transport {
     std::int64_t bytes = 0;
     for (const TensorView& source : sources) {
       offsets.push_back(bytes);
-      bytes = align(bytes + source.shape[0] * row_bytes(source));
+      bytes = align(bytes + source.shape[0] * source.row_bytes());
     }
     auto* packed =
         static_cast<std::byte*>(group_.begin(std::max<std::int64_t>(bytes, 1), step, stream));
@@ -281,7 +277,7 @@ class PeerTransport final : public Transport {
                                          destinations[t].shape[0]));
       }
     }
-    const std::int64_t bytes = row_bytes(destinations[0]);
+    const std::int64_t bytes = destinations[0].row_bytes();
     const auto count = static_cast<std::int64_t>(remote.size());
     const bool engine = copy_by_ == CopyBy::kEngine ||
                         (copy_by_ == CopyBy::kAuto && count <= kMaxEngineCopies && count > 0 &&
@@ -299,11 +295,11 @@ class PeerTransport final : public Transport {
     for (std::size_t t = 0; engine && t < tensors; ++t) {
       for (const Segment& segment : remote) {
         const auto* from = sources[t][static_cast<std::size_t>(segment.source)].as<std::byte>() +
-                           segment.source_row * row_bytes(destinations[t]);
+                           segment.source_row * destinations[t].row_bytes();
         check(cudaMemcpyAsync(destinations[t].as<std::byte>() +
-                                  segment.destination_row * row_bytes(destinations[t]),
+                                  segment.destination_row * destinations[t].row_bytes(),
                               from,
-                              static_cast<std::size_t>(segment.rows * row_bytes(destinations[t])),
+                              static_cast<std::size_t>(segment.rows * destinations[t].row_bytes()),
                               cudaMemcpyDefault, stream),
               "cudaMemcpyAsync");
       }
@@ -397,7 +393,7 @@ class PeerTransport final : public Transport {
     std::int64_t bytes = 0;
     for (const TensorView& partial : partials) {
       offsets.push_back(bytes);
-      bytes = align(bytes + rows * row_bytes(partial));
+      bytes = align(bytes + rows * partial.row_bytes());
     }
     auto* packed =
         static_cast<std::byte*>(group_.begin(std::max<std::int64_t>(bytes, 1), step, stream));
@@ -417,7 +413,7 @@ class PeerTransport final : public Transport {
       const std::int64_t first_row = theirs[partials.size() + static_cast<std::size_t>(rank())];
       for (std::size_t t = 0; t < partials.size(); ++t) {
         const auto* memory = static_cast<const std::byte*>(group_.memory(r));
-        shown.rows.push_back(memory + theirs[t] + first_row * row_bytes(partials[t]));
+        shown.rows.push_back(memory + theirs[t] + first_row * partials[t].row_bytes());
       }
     }
     return shown;

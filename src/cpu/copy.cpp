@@ -49,7 +49,7 @@ struct RowCopy {
     run_dim = first_run_dim(from, to);
     run_bytes = item_size(from.dtype);
     for (std::size_t d = run_dim; d < from.shape.size(); ++d) run_bytes *= from.shape[d];
-    row_bytes = from.row_elements() * item_size(from.dtype);
+    row_bytes = from.row_bytes();
     source_stride = from.strides[0] * item_size(from.dtype);
     destination_stride = to.strides[0] * item_size(from.dtype);
   }
@@ -88,7 +88,7 @@ void copy_rows(std::span<const TensorView> sources, const TensorView& destinatio
   ends.reserve(segments.size());
   int64_t rows = 0;
   for (const Segment& segment : segments) ends.push_back(rows += segment.rows);
-  const int64_t row_bytes = destination.row_elements() * item_size(destination.dtype);
+  const int64_t row_bytes = destination.row_bytes();
   if (rows == 0 || row_bytes == 0) return;
   const int64_t task_rows = std::max<int64_t>(1, kTaskBytes / row_bytes);
   const int64_t tasks = (rows + task_rows - 1) / task_rows;

@@ -52,10 +52,7 @@ class CudaBackend final : public Backend {
   void attend(const AttendArgs& args) override {
     if (args.q.num_elements() == 0) return;
     std::string why;
-    if (kernels_ != Kernels::kReference && engine_allowed(Engine::kHopper) &&
-        hopper::forward(args, nullptr, stream_, why)) {
-      return;
-    }
+    if (tries_hopper() && hopper::forward(args, nullptr, stream_, why)) return;
     CudnnEngine* const engine = cudnn();
     if (engine != nullptr && cudnn_forward(*engine, args, stream_, why)) return;
     const auto scope = span(args, "forward, own kernels");
@@ -64,8 +61,7 @@ class CudaBackend final : public Backend {
 
   bool attends_open(const AttendArgs& args, const TensorView& own_k,
                     const TensorView& own_v) const override {
-    return args.q.num_elements() != 0 && kernels_ != Kernels::kReference &&
-           engine_allowed(Engine::kHopper) && hopper::fetches(args, own_k, own_v);
+    return args.q.num_elements() != 0 && tries_hopper() && hopper::fetches(args, own_k, own_v);
   }
 
   void attend_open(const AttendArgs& args, const OpenGather& open) override {
@@ -103,13 +99,16 @@ class CudaBackend final : public Backend {
     return {name, static_cast<int>(args.rank), device_.index(), Lane::kAttention, stream_};
   }
 
+  bool tries_hopper() const {
+    return kernels_ != Kernels::kReference && engine_allowed(Engine::kHopper);
+  }
+
   /// `own_rows`: k and v are the rank's own rows.
   void begin(const AttendBackwardArgs& args, bool own_rows) {
-    hopper_begun_.reset();
-    cudnn_begun_.reset();
+    abandon();
     if (args.q.num_elements() == 0 || kernels_ == Kernels::kReference) return;
     std::string why;
-    if (engine_allowed(Engine::kHopper)) {
+    if (tries_hopper()) {
       hopper_begun_ = hopper::HopperBackward::begin(args, own_rows, stream_, why);
       if (hopper_begun_ != nullptr) return;
     }

@@ -59,6 +59,23 @@ bool capturing(cudaStream_t stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+/// An event of the calling thread on this device; a wait binds to its latest record at once, so one
+/// serves for all orderings.
+cudaEvent_t ordering_event(int device) {
+  struct Events {
+    std::map<int, cudaEvent_t> made;
+    ~Events() {
+      for (const auto& entry : made) (void)cudaEventDestroy(entry.second);
+    }
+  };
+  thread_local Events events;
+  cudaEvent_t& event = events.made[device];
+  if (event == nullptr) {
+    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
+  }
+  return event;
+}
+
 }  // namespace
 
 DeviceTable::DeviceTable(int device, cudaMemPool_t pool, cudaStream_t stream, const void* data,
@@ -227,27 +244,6 @@ void DeviceState::free(void* memory, cudaStream_t stream) noexcept {
   (void)cudaFreeAsync(memory, stream);
   (void)cudaSetDevice(previous);
 }
-
-namespace {
-
-/// An event of the calling thread on this device; a wait binds to its latest record at once, so one
-/// serves for all orderings.
-cudaEvent_t ordering_event(int device) {
-  struct Events {
-    std::map<int, cudaEvent_t> made;
-    ~Events() {
-      for (const auto& entry : made) (void)cudaEventDestroy(entry.second);
-    }
-  };
-  thread_local Events events;
-  cudaEvent_t& event = events.made[device];
-  if (event == nullptr) {
-    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
-  }
-  return event;
-}
-
-}  // namespace
 
 cudaStream_t DeviceState::side_stream(cudaStream_t compute, Side side) {
   // Per thread, so that ranks that are threads on one GPU never share one.

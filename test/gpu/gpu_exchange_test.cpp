@@ -60,6 +60,26 @@ Tensors make_tensors(const Problem& problem, int64_t rows, Device device,
   return tensors;
 }
 
+/// What a rank works with: its GPU, its place among the peers, and options with a stream of its
+/// own.
+struct RankSetup {
+  Device device;
+  Communicator group;
+  std::shared_ptr<void> stream;
+  AttentionOptions options;
+};
+
+RankSetup join_peers(const std::vector<Communicator>& groups, int rank) {
+  const Device device{DeviceType::kCuda, rank % cuda::device_count()};
+  cuda::use_device(device);
+  RankSetup setup{device,
+                  Communicator::peer(groups[static_cast<std::size_t>(rank)], device.index),
+                  cuda::make_stream(device),
+                  {}};
+  setup.options.stream = setup.stream.get();
+  return setup;
+}
+
 std::vector<std::byte> read(const TensorView& view) {
   std::vector<std::byte> bytes(
       static_cast<std::size_t>(view.num_elements() * item_size(view.dtype)));
@@ -143,13 +163,7 @@ std::vector<LongRun> long_run(int ranks, int steps) {
   std::vector<LongRun> results(static_cast<std::size_t>(ranks));
   on_ranks(ranks, [&](int rank) {
     LongRun& result = results[static_cast<std::size_t>(rank)];
-    const Device device{DeviceType::kCuda, rank % cuda::device_count()};
-    cuda::use_device(device);
-    const Communicator group =
-        Communicator::peer(groups[static_cast<std::size_t>(rank)], device.index);
-    const auto stream = cuda::make_stream(device);
-    AttentionOptions options;
-    options.stream = stream.get();
+    auto [device, group, stream, options] = join_peers(groups, rank);
     const Tensors t = make_tensors(problem, plans[0].local_tokens(rank), device);
     std::vector<First> first(3 * packs.size());  // by pack and stage
     std::size_t free_before = 0;
@@ -214,13 +228,7 @@ TEST_F(GpuExchange, FetchedRowsAreThoseOfTheCall) {
     const auto groups = Communicator::threads(ranks);
     std::vector<int> wrong(static_cast<std::size_t>(ranks), 0);
     on_ranks(ranks, [&](int rank) {
-      const Device device{DeviceType::kCuda, rank % cuda::device_count()};
-      cuda::use_device(device);
-      const Communicator group =
-          Communicator::peer(groups[static_cast<std::size_t>(rank)], device.index);
-      const auto stream = cuda::make_stream(device);
-      AttentionOptions options;
-      options.stream = stream.get();
+      auto [device, group, stream, options] = join_peers(groups, rank);
       const auto seed = static_cast<std::uint64_t>(10 * rank);
       const Tensors sets[] = {
           make_tensors(problem, plans[0].local_tokens(rank), device, seed + 100),

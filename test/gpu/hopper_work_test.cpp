@@ -181,10 +181,11 @@ void check_runs(const ForwardUnit& unit, const Span& span, int64_t document, con
 }
 
 /// Pieces bring the right rows, none twice; gives which rows are there in the end.
-std::vector<int> check_fetch(const AttendArgs& args, const Layout& layout, int64_t row_bytes) {
+std::vector<int> check_fetch(const AttendArgs& args, const Spans& spans, const Layout& layout,
+                             int64_t row_bytes) {
   const std::vector<std::vector<Segment>> receives =
       comm::make_exchange_table(*args.plan, args.rank, args.mask).receives;
-  const FetchWork work = make_fetch_work(args, receives, row_bytes);
+  const FetchWork work = make_fetch_work(args, spans, receives, row_bytes);
   std::vector<int> fetched(layout.gathered.size());
   std::vector<int64_t> wanted(work.wanted.size());
   int64_t rows = 0;
@@ -215,8 +216,10 @@ void check_forward(const AttendArgs& args, const Layout& layout, bool own_rows) 
   SCOPED_TRACE(own_rows ? "forward, own rows in place" : "forward");
   const ForwardWork work = make_forward_work(args, own_rows);
   std::vector<int> fetched(layout.gathered.size(), 1);
-  for (const int64_t row_bytes : {16, 2048, 16384}) {
-    if (own_rows) fetched = check_fetch(args, layout, row_bytes);
+  if (own_rows) {
+    for (const int64_t row_bytes : {16, 2048, 16384}) {
+      fetched = check_fetch(args, work.spans, layout, row_bytes);
+    }
   }
   ASSERT_NO_FATAL_FAILURE(check_spans(work.spans, kForwardTile, layout));
   std::vector<int> written(layout.local.size());

@@ -195,22 +195,13 @@ TimelineScope span_of(const AttendArgs& args, std::string_view name, void* strea
   return {name, static_cast<int>(args.rank), args.q.device.index, Lane::kAttention, stream};
 }
 
-}  // namespace
-
-namespace {
-
-/// Bytes of a gathered row of K.
-int64_t key_row_bytes(const AttendArgs& args) {
-  return args.k.row_elements() * item_size(args.k.dtype);
-}
-
 /// `table`: the bytes of `pack` on the device.
 FetchParams fetch_params(const AttendArgs& args, const OpenGather& open, const ForwardPack& pack,
                          const std::byte* table, int* counters) {
   FetchParams params{};
   params.pieces = reinterpret_cast<const FetchPiece*>(table + pack.pieces_at);
   params.piece_count = static_cast<int>(pack.fetch.pieces.size());
-  params.row_bytes = static_cast<int>(key_row_bytes(args));
+  params.row_bytes = static_cast<int>(args.k.row_bytes());
   params.rows = static_cast<int>(pack.fetch.rows);
   params.wanted = reinterpret_cast<const std::int32_t*>(table + pack.wanted_at);
   params.next_piece = counters + 1;
@@ -241,7 +232,7 @@ int64_t section_of(const AttendArgs& args) {
 
 bool fetches(const AttendArgs& args, const TensorView& own_k, const TensorView& own_v) {
   std::string why;
-  return args.plan->world_size() <= kFetchRanks && key_row_bytes(args) <= kFetchBytes &&
+  return args.plan->world_size() <= kFetchRanks && args.k.row_bytes() <= kFetchBytes &&
          aligned(own_k) && aligned(own_v) && fits(args, why);
 }
 
@@ -251,7 +242,7 @@ bool forward(const AttendArgs& args, const OpenGather* open, void* stream_pointe
   static auto* recent = new Recent<TableKey, ForwardPack>(256);
   TableKey key = table_key(args, open != nullptr, kForwardTables);
   if (open != nullptr) {
-    key.detail = mix(key.detail, static_cast<std::uint64_t>(key_row_bytes(args)));
+    key.detail = mix(key.detail, static_cast<std::uint64_t>(args.k.row_bytes()));
   }
   const auto pack = recent->get(key, [&] {
     ForwardPack fresh;
@@ -259,7 +250,7 @@ bool forward(const AttendArgs& args, const OpenGather* open, void* stream_pointe
     append_bytes(fresh.bytes, fresh.work.spans.spans);
     fresh.units_at = append_bytes(fresh.bytes, fresh.work.units);
     if (open != nullptr) {
-      fresh.fetch = make_fetch_work(args, open->receives, key_row_bytes(args));
+      fresh.fetch = make_fetch_work(args, fresh.work.spans, open->receives, args.k.row_bytes());
       fresh.pieces_at = append_bytes(fresh.bytes, fresh.fetch.pieces);
       fresh.wanted_at = append_bytes(fresh.bytes, fresh.fetch.wanted);
     }
@@ -344,7 +335,7 @@ struct HopperBackward::State {
   void give_others(const AttendBackwardArgs& given);
   /// What `stream` is given from here on waits for the others' units.
   void join() {
-    if (side != nullptr && !std::exchange(joined, true)) device.order(side, stream);
+    if (side != nullptr) device.order(std::exchange(side, nullptr), stream);
   }
 
   AttendBackwardArgs args;
@@ -361,7 +352,6 @@ struct HopperBackward::State {
   /// end of another leaves idle.
   cudaStream_t side = nullptr;
   bool others_given = false;
-  bool joined = false;
 };
 
 PassParams HopperBackward::State::pass_params() const {

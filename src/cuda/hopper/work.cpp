@@ -263,16 +263,16 @@ ForwardWork make_forward_work(const AttendArgs& args, bool own_rows) {
   return work;
 }
 
-FetchWork make_fetch_work(const AttendArgs& args, std::span<const std::vector<Segment>> receives,
-                          int64_t row_bytes) {
-  const bool whole = launches_express(args.mask);
-  std::vector<Span> spans = make_spans(args, kForwardTile, whole).spans;
-  std::stable_sort(spans.begin(), spans.end(),
-                   [](const Span& a, const Span& b) { return a.k_count > b.k_count; });
+FetchWork make_fetch_work(const AttendArgs& args, const Spans& spans,
+                          std::span<const std::vector<Segment>> receives, int64_t row_bytes) {
   // With a window rows may be of several spans.
+  std::vector<Span> longest;
+  if (launches_express(args.mask)) longest = spans.spans;
+  std::stable_sort(longest.begin(), longest.end(),
+                   [](const Span& a, const Span& b) { return a.k_count > b.k_count; });
   std::vector<FetchOrder> orders;
-  for (std::size_t i = 0; whole && i < spans.size(); ++i) {
-    const Span& span = spans[i];
+  for (std::size_t i = 0; i < longest.size(); ++i) {
+    const Span& span = longest[i];
     orders.push_back({span.k_begin, int64_t{span.k_begin} + span.k_count, static_cast<int64_t>(i),
                       own_blocks(span)});
   }

@@ -46,10 +46,10 @@ struct FetchWork {
 };
 
 /// All rows but those of blocks that make_forward_work takes from the rank's own; with a window,
-/// when rows may be of several spans, all rows. `receives`: rows of the gathered keys by the rank
-/// that they come from; `row_bytes`: of a row of K, at most kFetchBytes.
-FetchWork make_fetch_work(const AttendArgs& args, std::span<const std::vector<Segment>> receives,
-                          std::int64_t row_bytes);
+/// when rows may be of several spans, all rows. `spans`: that work's; `receives`: rows of the
+/// gathered keys by the rank that they come from; `row_bytes`: of a row of K, at most kFetchBytes.
+FetchWork make_fetch_work(const AttendArgs& args, const Spans& spans,
+                          std::span<const std::vector<Segment>> receives, std::int64_t row_bytes);
 
 /// A backward as blocks of keys, heaviest first.
 struct BackwardWork {
