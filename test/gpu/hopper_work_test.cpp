@@ -92,7 +92,7 @@ int position_of(const Span& span, int row) {
 }
 
 /// Spans hold the shard's rows one after another, and tiles are counted through them.
-void check_spans(const Spans& spans, int tile, const Layout& layout) {
+void check_spans(const Spans& spans, const Layout& layout) {
   std::size_t row = 0;
   int64_t tiles = 0;
   ASSERT_EQ(spans.documents.size(), spans.spans.size());
@@ -105,7 +105,7 @@ void check_spans(const Spans& spans, int tile, const Layout& layout) {
     for (int i = 0; i < span.q_count; ++i, ++row) {
       ASSERT_EQ(layout.local[row], (Token{spans.documents[s], position_of(span, i)}));
     }
-    for (int i = 0; i < span.q_count; i += tile, ++tiles) {
+    for (int i = 0; i < span.q_count; i += kQueryTile, ++tiles) {
       ASSERT_LT(tiles, spans.tiles());
       ASSERT_EQ(spans.tile_span[static_cast<std::size_t>(tiles)], static_cast<int64_t>(s));
     }
@@ -114,26 +114,25 @@ void check_spans(const Spans& spans, int tile, const Layout& layout) {
   ASSERT_EQ(tiles, spans.tiles());
 }
 
-/// What compute_forward does with a unit.
-void follow(const ForwardUnit& unit, const Span& span, const Reach& reach,
+/// What compute_forward does with a unit for the first head of its tiles.
+void follow(const ForwardUnit& unit, int tile_tokens, const Span& span, const Reach& reach,
             std::vector<int>& written, Seen& seen) {
-  const int first_row = unit.tile * kForwardTile;
-  const int live = span.q_count - first_row;
+  const int live = std::min(tile_tokens, span.q_count - unit.first_row);
   const int end_block = (unit.end_key + kKeyTile - 1) / kKeyTile;
-  ASSERT_GE(unit.tile, 0);
+  ASSERT_GE(unit.first_row, 0);
   ASSERT_GT(live, 0);
   ASSERT_GE(unit.first_block, 0);
   ASSERT_LE(unit.end_key, span.k_count);
   ASSERT_GT(end_block, unit.first_block) << "the kernel waits for at least one block of keys";
   const auto key_of = [&](int row) {
-    return position_of(span, first_row + std::min(row, live - 1)) - span.k_position;
+    return position_of(span, unit.first_row + std::min(row, live - 1)) - span.k_position;
   };
-  const int all_from = key_of(kForwardTile - 1) - reach.left;
+  const int all_from = key_of(live - 1) - reach.left;
   const int all_to = std::min(span.k_count - 1, key_of(0) + reach.right);
-  for (int row = 0; row < std::min(live, kForwardTile); ++row) {
+  for (int row = 0; row < live; ++row) {
     const int first_key = key_of(row) - reach.left;
     const int last_key = std::min(span.k_count - 1, key_of(row) + reach.right);
-    const auto at = static_cast<std::size_t>(span.q_begin + first_row + row);
+    const auto at = static_cast<std::size_t>(span.q_begin + unit.first_row + row);
     ++written[at];
     for (int block = unit.first_block; block < end_block; ++block) {
       int from = block * kKeyTile;
@@ -215,19 +214,25 @@ std::vector<int> check_fetch(const AttendArgs& args, const Spans& spans, const L
 void check_forward(const AttendArgs& args, const Layout& layout, bool own_rows) {
   SCOPED_TRACE(own_rows ? "forward, own rows in place" : "forward");
   const ForwardWork work = make_forward_work(args, own_rows);
+  ASSERT_GT(work.tile_heads, 0);
+  ASSERT_LE(work.tile_heads, kMaxTileHeads);
+  ASSERT_EQ(args.q.shape[1] / args.k.shape[1] % work.tile_heads, 0);
+  for (int row = 0; row < kForwardTile; ++row) {
+    ASSERT_EQ(row * work.by_tile_heads() >> 16, row / work.tile_heads);
+  }
   std::vector<int> fetched(layout.gathered.size(), 1);
   if (own_rows) {
     for (const int64_t row_bytes : {16, 2048, 16384}) {
       fetched = check_fetch(args, work.spans, layout, row_bytes);
     }
   }
-  ASSERT_NO_FATAL_FAILURE(check_spans(work.spans, kForwardTile, layout));
+  ASSERT_NO_FATAL_FAILURE(check_spans(work.spans, layout));
   std::vector<int> written(layout.local.size());
   Seen seen(layout.local.size());
   int64_t weight = kFar;
   for (const ForwardUnit& unit : work.units) {
     const Span& span = work.spans.spans.at(static_cast<std::size_t>(unit.span));
-    ASSERT_NO_FATAL_FAILURE(follow(unit, span, reach_of(args.mask), written, seen));
+    ASSERT_NO_FATAL_FAILURE(follow(unit, work.tile_tokens(), span, reach_of(args.mask), written, seen));
     ASSERT_NO_FATAL_FAILURE(check_runs(
         unit, span, work.spans.documents.at(static_cast<std::size_t>(unit.span)), layout, fetched));
     ASSERT_LE(unit.end_key - unit.first_block * kKeyTile, weight) << "heaviest first";
@@ -290,7 +295,7 @@ void follow(const BackwardUnit& unit, const Span& span, const Reach& reach, Seen
 void check_backward(const AttendArgs& args, const Layout& layout, bool own_rows, int processors) {
   SCOPED_TRACE(own_rows ? "backward, own rows early" : "backward");
   const BackwardWork work = make_backward_work(args, own_rows, processors);
-  ASSERT_NO_FATAL_FAILURE(check_spans(work.spans, kQueryTile, layout));
+  ASSERT_NO_FATAL_FAILURE(check_spans(work.spans, layout));
   if (!own_rows) {
     EXPECT_TRUE(work.early.empty());
     EXPECT_TRUE(work.rest.empty());
@@ -368,14 +373,12 @@ void check_rank(const Plan& plan, int64_t rank, const Mask& mask, const std::vec
                (mask.causal ? " causal, left " : " left ") + std::to_string(mask.window_left) +
                " right " + std::to_string(mask.window_right));
   const Layout layout = make_layout(plan, rank, mask);
-  for (const bool own_rows : {false, true}) {
-    check_forward(Call(plan, rank, mask, all[0]).args, layout, own_rows);
-  }
   for (const Heads& heads : all) {
     SCOPED_TRACE(std::to_string(heads.heads) + " heads, " + std::to_string(heads.kv_heads) +
                  " KV heads");
     const Call call(plan, rank, mask, heads);
     for (const bool own_rows : {false, true}) {
+      check_forward(call.args, layout, own_rows);
       check_backward(call.args, layout, own_rows, heads.processors);
     }
   }
@@ -391,7 +394,7 @@ const std::vector<Mask> kMasks = {{},
                                   {false, -1, 10},
                                   {false, 50, -1},
                                   {false, 0, 0}};
-const std::vector<Heads> kSeveralHeads = {{1, 1, 132}, {6, 2, 132}, {8, 1, 24}, {4, 4, 1}};
+const std::vector<Heads> kSeveralHeads = {{1, 1, 132}, {6, 2, 132}, {8, 1, 24}, {34, 1, 24}, {4, 4, 1}};
 
 void check_pack(const std::vector<int64_t>& lengths, const std::vector<Mask>& masks,
                 const std::vector<Heads>& heads) {
@@ -456,6 +459,28 @@ TEST(HopperWork, Splits) {
     check_backward(call.args, layout, false, processors);
     EXPECT_EQ(make_backward_work(call.args, false, processors).splits, splits)
         << processors << " processors";
+  }
+}
+
+/// Heads share tiles where that leaves fewer rows empty and fewer keys unseen, up to all of a group;
+/// a tile that a document fills alone has no need, and 126 of 128 rows are no gain for a long one.
+TEST(HopperWork, HeadsOfATile) {
+  struct Case {
+    std::vector<int64_t> lengths;
+    int64_t heads, kv_heads, world_size;
+    std::int32_t tile_heads;
+  };
+  const std::vector<Case> cases = {{{100, 100, 100}, 8, 1, 1, 8}, {{100, 100, 100}, 8, 8, 1, 1},
+                                   {{900, 300, 500}, 32, 8, 2, 4}, {{900, 300, 500}, 64, 2, 2, 16},
+                                   {{900, 300, 500}, 28, 4, 2, 7}, {{900, 300, 500}, 12, 2, 2, 6},
+                                   {{131072}, 28, 4, 1, 1},        {{8192}, 32, 8, 1, 1}};
+  for (const Case& one : cases) {
+    const Plan plan = Plan::from_lengths(one.lengths, one.world_size);
+    const Call call(plan, one.world_size - 1, Mask{}, {one.heads, one.kv_heads, 132});
+    const ForwardWork work = make_forward_work(call.args, false);
+    EXPECT_EQ(work.tile_heads, one.tile_heads)
+        << one.lengths[0] << " tokens, " << one.heads << " heads of " << one.kv_heads;
+    EXPECT_EQ(work.tile_tokens(), kForwardTile / one.tile_heads);
   }
 }
 

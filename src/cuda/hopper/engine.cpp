@@ -216,7 +216,7 @@ FetchParams fetch_params(const AttendArgs& args, const OpenGather& open, const F
   return params;
 }
 
-/// Query heads that are worked on side by side: as many as have K and V that stay in the L2 cache.
+/// KV heads that are worked on side by side: as many as have K and V that stay in the L2 cache.
 int64_t section_of(const AttendArgs& args) {
   constexpr int64_t kCacheBytes = int64_t{32} << 20;
   const int64_t kv_heads = args.k.shape[1];
@@ -225,7 +225,7 @@ int64_t section_of(const AttendArgs& args) {
   for (int64_t count = 1; count <= kv_heads; ++count) {
     if (kv_heads % count == 0 && count * bytes <= kCacheBytes) best = count;
   }
-  return best * (args.q.shape[1] / kv_heads);
+  return best;
 }
 
 }  // namespace
@@ -268,19 +268,24 @@ bool forward(const AttendArgs& args, const OpenGather* open, void* stream_pointe
         "cudaMemsetAsync");
 
   const int64_t heads = args.q.shape[1];
-  const int64_t tiles = static_cast<int64_t>(pack->work.units.size()) * heads;
+  const int64_t group = heads / args.k.shape[1];
+  const int64_t tile_heads = pack->work.tile_heads;
+  const int64_t tiles = std::ssize(pack->work.units) * (heads / tile_heads);
   if (tiles > std::numeric_limits<int>::max() / 2) {
     throw DeviceError("the attention has too many tiles for one launch");
   }
   ForwardParams params{};
-  params.q = make_tensor_map(args.q, kForwardTile);
+  params.q = make_tensor_map_of_heads(args.q, pack->work.tile_heads, pack->work.tile_tokens());
   params.k = make_tensor_map(args.k, kKeyTile);
   params.v = make_tensor_map(args.v, kKeyTile);
   params.spans = table.as<Span>();
   params.units = reinterpret_cast<const ForwardUnit*>(table.as<std::byte>() + pack->units_at);
   params.unit_count = static_cast<int>(pack->work.units.size());
   params.tiles = static_cast<int>(tiles);
-  params.section = static_cast<int>(section_of(args));
+  params.section = static_cast<int>(section_of(args) * (group / tile_heads));
+  params.tile_tokens = pack->work.tile_tokens();
+  params.tile_heads = static_cast<int>(tile_heads);
+  params.by_tile_heads = pack->work.by_tile_heads();
   params.next_tile = counters.as<int>();
   if (open != nullptr) {
     params.own_k = make_tensor_map(open->own_k, kKeyTile);
@@ -291,7 +296,7 @@ bool forward(const AttendArgs& args, const OpenGather* open, void* stream_pointe
   params.lse = args.lse.as<float>();
   params.lse_row = args.lse.strides[0];
   params.heads = static_cast<int>(heads);
-  params.group = static_cast<int>(heads / args.k.shape[1]);
+  params.group = static_cast<int>(group);
   params.head_dim = static_cast<int>(args.q.shape[2]);
   set_scores(params, args);
   const int blocks =

@@ -48,12 +48,13 @@ struct Forward {
   };
 };
 
-/// A tile of queries of one head.
+/// A tile of queries.
 struct ForwardTile {
   Span span;
   const KeyRun* runs;
-  int head;
+  int head;       // the first
   int first_row;  // of the span
+  int live;       // rows of the tile that are the span's
   int blocks;     // of keys
 };
 
@@ -63,9 +64,10 @@ __device__ __forceinline__ ForwardTile tile_of(const ForwardParams& params, int 
   ForwardTile tile;
   tile.span = params.spans[unit.span];
   tile.runs = unit.runs;
-  tile.head =
-      number / (params.unit_count * params.section) * params.section + in_section % params.section;
-  tile.first_row = unit.tile * kForwardTile;
+  tile.head = params.tile_heads * (number / (params.unit_count * params.section) * params.section +
+                                   in_section % params.section);
+  tile.first_row = unit.first_row;
+  tile.live = min(params.tile_tokens, tile.span.q_count - unit.first_row) * params.tile_heads;
   tile.blocks = (unit.end_key + kKeyTile - 1) / kKeyTile - unit.first_block;
   return tile;
 }
@@ -95,10 +97,10 @@ __device__ void load_forward(const ForwardParams& params,
     const ForwardTile tile = tile_of(params, number);
     const int kv_head = tile.head / params.group;
     Barrier::wait(&shared.q_empty, static_cast<std::uint32_t>(i + 1) % 2);
-    Barrier::arrive_and_expect_tx(&shared.q_full,
-                                  kForwardTile * kWidth * static_cast<int>(sizeof(T)));
-    load_tile<kWidth>(params.q, &shared.q_full, shared.q, kForwardTile,
-                      tile.span.q_begin + tile.first_row, tile.head);
+    Barrier::arrive_and_expect_tx(&shared.q_full, params.tile_tokens * params.tile_heads * kWidth *
+                                                      static_cast<int>(sizeof(T)));
+    load_tile<kWidth>(params.q, &shared.q_full, shared.q, kForwardTile, tile.head,
+                      tile.span.q_begin + tile.first_row);
     // A block's values are wanted one block later than its keys.
     int before_row = -1;
     bool before_own = false;
@@ -167,10 +169,10 @@ __device__ void compute_forward(const ForwardParams& params,
     Barrier::arrive(&shared.work_empty[i % 2]);
     if (number < 0) break;
     const ForwardTile tile = tile_of(params, number);
-    const int live = tile.span.q_count - tile.first_row;
+    const auto token_of = [&](int tile_row) { return tile_row * params.by_tile_heads >> 16; };
     // Keys are counted from the span's first; rows behind the last are not stored.
     const auto key_of = [&](int tile_row) {
-      return position_of(tile.span, tile.first_row + min(tile_row, live - 1)) -
+      return position_of(tile.span, tile.first_row + token_of(min(tile_row, tile.live - 1))) -
              tile.span.k_position;
     };
     // What every row sees of the keys: none of them needs a mask.
@@ -311,10 +313,10 @@ __device__ void compute_forward(const ForwardParams& params,
     if (lane % 4 == 0) {
 #pragma unroll
       for (int y = 0; y < 2; ++y) {
-        if (row + 8 * y >= live) continue;
-        params
-            .lse[(tile.span.q_begin + tile.first_row + row + 8 * y) * params.lse_row + tile.head] =
-            lse[y];
+        if (row + 8 * y >= tile.live) continue;
+        const int token = token_of(row + 8 * y);
+        const int head = tile.head + row + 8 * y - token * params.tile_heads;
+        params.lse[(tile.span.q_begin + tile.first_row + token) * params.lse_row + head] = lse[y];
       }
     }
     auto results = rounded<T>(out);
@@ -328,10 +330,12 @@ __device__ void compute_forward(const ForwardParams& params,
       const int at = pass * 128 + in_group;
       const int out_row = group * 64 + at / kPacks;
       const int out_column = at % kPacks * 8;
-      if (out_row >= live || out_column >= params.head_dim) continue;
+      if (out_row >= tile.live || out_column >= params.head_dim) continue;
+      const int token = token_of(out_row);
+      const int head = tile.head + out_row - token * params.tile_heads;
       T* const target = static_cast<T*>(params.out.data) +
-                        (tile.span.q_begin + tile.first_row + out_row) * params.out.row +
-                        tile.head * params.out.head + out_column;
+                        (tile.span.q_begin + tile.first_row + token) * params.out.row +
+                        head * params.out.head + out_column;
       *reinterpret_cast<uint4*>(target) =
           *reinterpret_cast<const uint4*>(&sout(out_row, out_column));
     }

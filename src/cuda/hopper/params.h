@@ -30,8 +30,12 @@ struct Span {
 /// What stands for no bound of a window; positions are below it.
 constexpr std::int32_t kFar = std::int32_t{1} << 30;
 
-/// Query rows of a tile of the forward.
+/// Rows of a tile of the forward: tokens, each with several of the query heads that share a KV head
+/// one after another. A tile that spans few tokens has few keys that some of its rows do not see,
+/// and few rows behind a document's last.
 constexpr int kForwardTile = 128;
+/// Heads of a tile at most.
+constexpr int kMaxTileHeads = 16;
 
 /// Blocks [begin, end) of kKeyTile keys of a span, counted from its first key; block b stands at
 /// row `row` + b x kKeyTile of the gathered keys or, where `own`, of the rank's own.
@@ -43,11 +47,11 @@ struct KeyRun {
 };
 constexpr int kKeyRuns = 6;
 
-/// A tile of the forward: rows of a span from tile x kForwardTile on, which see no keys but those
-/// from the span's block `first_block` of keys on and before its key `end_key`.
+/// Tokens whose tiles see no keys but those from the span's block `first_block` of keys on and
+/// before its key `end_key`.
 struct ForwardUnit {
   std::int32_t span;
-  std::int32_t tile;
+  std::int32_t first_row;  // of the span
   std::int32_t first_block;
   std::int32_t end_key;
   // These blocks in the order in which they are worked on, each run from its end down; the last
@@ -112,15 +116,18 @@ struct Rows {
 
 /// What the forward kernel works on; the maps are those of make_tensor_map.
 struct ForwardParams {
-  CUtensorMap q;             // [local, heads, head_dim], boxes of kForwardTile rows
+  CUtensorMap q;             // [local, heads, head_dim], boxes of tile_tokens x tile_heads
   CUtensorMap k, v;          // [keys, kv_heads, head_dim], boxes of kKeyTile rows
   CUtensorMap own_k, own_v;  // [local, kv_heads, head_dim], likewise; only where rows are fetched
   FetchParams fetch;
   const Span* spans;
   const ForwardUnit* units;
   int unit_count;
-  int tiles;       // units x heads
-  int section;     // heads whose tiles are numbered unit after unit before the next heads' are
+  int tiles;       // units x heads / tile_heads
+  int section;     // tiles of a unit that are numbered unit after unit before its others are
+  int tile_tokens;
+  int tile_heads;
+  int by_tile_heads;  // a row of a tile times this / 2^16 is its token
   int* next_tile;  // 0 before the launch
   Rows out;        // [local, heads, head_dim]
   float* lse;      // [local, heads]

@@ -29,11 +29,8 @@ Encode encode() {
   return function;
 }
 
-}  // namespace
-
-bool has_tensor_maps() { return encode() != nullptr; }
-
-CUtensorMap make_tensor_map(const TensorView& x, int box_rows) {
+/// `second`, `third`: the dimensions of x that the map has after the elements of a head.
+CUtensorMap make_map(const TensorView& x, int second, int third, int box_second, int box_third) {
   CUtensorMap map;
   const CUtensorMapDataType type = x.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                               : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -44,11 +41,13 @@ CUtensorMap make_tensor_map(const TensorView& x, int box_rows) {
                                     : x.strides[static_cast<std::size_t>(dimension)];
     return static_cast<cuuint64_t>((stride * item_size(x.dtype) + 15) / 16 * 16);
   };
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(x.shape[2]),
-                              static_cast<cuuint64_t>(x.shape[0]),
-                              static_cast<cuuint64_t>(x.shape[1])};
-  const cuuint64_t strides[] = {bytes(0), bytes(1)};
-  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows), 1};
+  const auto size = [&](int dimension) {
+    return static_cast<cuuint64_t>(x.shape[static_cast<std::size_t>(dimension)]);
+  };
+  const cuuint64_t sizes[] = {size(2), size(second), size(third)};
+  const cuuint64_t strides[] = {bytes(second), bytes(third)};
+  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_second),
+                            static_cast<cuuint32_t>(box_third)};
   const cuuint32_t steps[] = {1, 1, 1};
   const CUresult status =
       encode()(&map, type, 3, x.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -59,6 +58,18 @@ CUtensorMap make_tensor_map(const TensorView& x, int box_rows) {
                       " rows (CUDA driver error " + std::to_string(static_cast<int>(status)) + ")");
   }
   return map;
+}
+
+}  // namespace
+
+bool has_tensor_maps() { return encode() != nullptr; }
+
+CUtensorMap make_tensor_map(const TensorView& x, int box_rows) {
+  return make_map(x, 0, 1, box_rows, 1);
+}
+
+CUtensorMap make_tensor_map_of_heads(const TensorView& x, int box_heads, int box_rows) {
+  return make_map(x, 1, 0, box_heads, box_rows);
 }
 
 }  // namespace zigzag::cuda::hopper

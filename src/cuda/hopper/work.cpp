@@ -153,6 +153,41 @@ std::vector<KeyRun> own_blocks(const Span& span) {
   return runs;
 }
 
+/// The unit of `tokens` rows of a span from `row` on, without its span's number and its runs.
+ForwardUnit make_unit(const Span& span, const Reach& reach, int64_t row, int64_t tokens) {
+  const int64_t last = std::min<int64_t>(span.q_count, row + tokens) - 1;
+  const int64_t from = position_of(span, row) - reach.left - span.k_position;
+  const int64_t to = position_of(span, last) + reach.right - span.k_position;
+  ForwardUnit unit{};
+  unit.first_row = narrow(row);
+  unit.first_block = narrow(std::max<int64_t>(0, from) / kKeyTile);
+  unit.end_key = narrow(std::min<int64_t>(span.k_count, to + 1));
+  return unit;
+}
+
+/// How many of a group's heads a tile has: the divisor of `group` that makes the fewest blocks of
+/// keys in all tiles, each of which costs about one more.
+std::int32_t choose_tile_heads(const std::vector<Span>& spans, const Reach& reach, int64_t group) {
+  std::int32_t best = 1;
+  int64_t least = 0;
+  for (std::int32_t heads = 1; heads <= std::min<int64_t>(group, kMaxTileHeads); ++heads) {
+    if (group % heads != 0) continue;
+    const int64_t tokens = kForwardTile / heads;
+    int64_t blocks = 0;
+    for (const Span& span : spans) {
+      for (int64_t row = 0; row < span.q_count; row += tokens) {
+        const ForwardUnit unit = make_unit(span, reach, row, tokens);
+        blocks += (unit.end_key + kKeyTile - 1) / kKeyTile - unit.first_block + 1;
+      }
+    }
+    blocks *= group / heads;
+    if (heads > 1 && blocks >= least) continue;
+    least = blocks;
+    best = heads;
+  }
+  return best;
+}
+
 /// Gives a unit its blocks [first_block, end_block): the last, the rank's own, and the others.
 void set_runs(ForwardUnit& unit, const Span& span, const std::vector<KeyRun>& own) {
   const std::int32_t end_block = narrow((int64_t{unit.end_key} + kKeyTile - 1) / kKeyTile);
@@ -195,7 +230,7 @@ Reach reach_of(const Mask& mask) {
   return {bound(mask.window_left), mask.causal ? 0 : bound(mask.window_right)};
 }
 
-Spans make_spans(const AttendArgs& args, int tile, bool whole) {
+Spans make_spans(const AttendArgs& args, bool whole) {
   std::vector<WorkItem> items;
   for (const WorkItem& item : args.items) {
     if (item.q_count > 0) items.push_back(item);
@@ -224,7 +259,7 @@ Spans make_spans(const AttendArgs& args, int tile, bool whole) {
     span.tile_begin = narrow(tiles);
     result.spans.push_back(span);
     result.documents.push_back(early.document);
-    const int64_t end = tiles + (span.q_count + tile - 1) / tile;
+    const int64_t end = tiles + (span.q_count + kQueryTile - 1) / kQueryTile;
     for (; tiles < end; ++tiles) {
       result.tile_span.push_back(static_cast<std::int32_t>(result.spans.size()) - 1);
     }
@@ -237,21 +272,14 @@ ForwardWork make_forward_work(const AttendArgs& args, bool own_rows) {
   ForwardWork work;
   const Reach reach = reach_of(args.mask);
   // Early and late rows share tiles where both see the document from its start.
-  work.spans = make_spans(args, kForwardTile, launches_express(args.mask));
+  work.spans = make_spans(args, launches_express(args.mask));
+  work.tile_heads = choose_tile_heads(work.spans.spans, reach, args.q.shape[1] / args.k.shape[1]);
   for (std::size_t i = 0; i < work.spans.spans.size(); ++i) {
     const Span& span = work.spans.spans[i];
     const std::vector<KeyRun> own = own_rows ? own_blocks(span) : std::vector<KeyRun>{};
-    for (std::int32_t tile = 0; tile * kForwardTile < span.q_count; ++tile) {
-      const int64_t first = int64_t{tile} * kForwardTile;
-      const int64_t last = std::min<int64_t>(span.q_count, first + kForwardTile) - 1;
-      const int64_t from = position_of(span, first) - reach.left - span.k_position;
-      const int64_t to = position_of(span, last) + reach.right - span.k_position;
-      const int64_t first_block = std::max<int64_t>(0, from) / kKeyTile;
-      ForwardUnit unit{static_cast<std::int32_t>(i),
-                       tile,
-                       narrow(first_block),
-                       narrow(std::min<int64_t>(span.k_count, to + 1)),
-                       {}};
+    for (int64_t row = 0; row < span.q_count; row += work.tile_tokens()) {
+      ForwardUnit unit = make_unit(span, reach, row, work.tile_tokens());
+      unit.span = static_cast<std::int32_t>(i);
       set_runs(unit, span, own);
       work.units.push_back(unit);
     }
@@ -355,7 +383,7 @@ FetchWork make_fetch_work(const AttendArgs& args, const Spans& spans,
 BackwardWork make_backward_work(const AttendArgs& args, bool own_rows, int processors) {
   BackwardWork work;
   const Reach reach = reach_of(args.mask);
-  work.spans = make_spans(args, kQueryTile, true);
+  work.spans = make_spans(args, true);
   std::map<int64_t, std::size_t> span_of;
   for (std::size_t i = 0; i < work.spans.documents.size(); ++i) {
     span_of[work.spans.documents[i]] = i;

@@ -10,8 +10,8 @@
 
 namespace zigzag::cuda::hopper {
 
-/// A rank's documents as the kernels see them. Tiles of `tile` query rows are counted through all
-/// documents, each of which starts one.
+/// A rank's documents as the kernels see them. Tiles of kQueryTile query rows are counted through
+/// all documents, each of which starts one.
 struct Spans {
   std::vector<Span> spans;
   std::vector<std::int32_t> tile_span;  // the span of each tile
@@ -20,7 +20,7 @@ struct Spans {
 };
 
 /// `whole`: a span a document; otherwise one a work item, with the keys that its rows may see.
-Spans make_spans(const AttendArgs& args, int tile, bool whole);
+Spans make_spans(const AttendArgs& args, bool whole);
 
 /// The bounds of a mask around a query, with kFar for none.
 struct Reach {
@@ -28,10 +28,16 @@ struct Reach {
 };
 Reach reach_of(const Mask& mask);
 
-/// A forward as tiles of queries, heaviest first.
+/// A forward as tiles of queries, heaviest first. A tile has tile_tokens() tokens of a span, each
+/// with tile_heads query heads of one KV head, as many as make the least work.
 struct ForwardWork {
+  std::int32_t tile_tokens() const { return kForwardTile / tile_heads; }
+  /// A row of a tile, 0..kForwardTile - 1, times this / 2^16 is its token in the tile.
+  std::int32_t by_tile_heads() const { return (65536 + tile_heads - 1) / tile_heads; }
+
   Spans spans;
   std::vector<ForwardUnit> units;
+  std::int32_t tile_heads = 1;
 };
 
 /// `own_rows`: blocks of keys that the rank itself holds are taken from its own rows, before those
