@@ -119,8 +119,8 @@ TEST_F(GpuAttention, OneRankFloat16) {
 }
 
 TEST_F(GpuAttention, OneRankHeadGroups) {
-  const int64_t groups[][2] = {{1, 1}, {8, 8}, {8, 2}, {8, 1}, {5, 5}, {6, 3},
-                              {7, 1}, {10, 2}, {34, 1}};
+  const int64_t groups[][2] = {{1, 1}, {8, 8}, {8, 2},  {8, 1}, {5, 5},
+                               {6, 3}, {7, 1}, {10, 2}, {34, 1}};
   for (const auto& group : groups) {
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
       check(make_problem({200, 130, 33}, group[0], group[1], 64, dtype), ranks(1));

@@ -232,7 +232,8 @@ void check_forward(const AttendArgs& args, const Layout& layout, bool own_rows) 
   int64_t weight = kFar;
   for (const ForwardUnit& unit : work.units) {
     const Span& span = work.spans.spans.at(static_cast<std::size_t>(unit.span));
-    ASSERT_NO_FATAL_FAILURE(follow(unit, work.tile_tokens(), span, reach_of(args.mask), written, seen));
+    ASSERT_NO_FATAL_FAILURE(
+        follow(unit, work.tile_tokens(), span, reach_of(args.mask), written, seen));
     ASSERT_NO_FATAL_FAILURE(check_runs(
         unit, span, work.spans.documents.at(static_cast<std::size_t>(unit.span)), layout, fetched));
     ASSERT_LE(unit.end_key - unit.first_block * kKeyTile, weight) << "heaviest first";
@@ -394,7 +395,8 @@ const std::vector<Mask> kMasks = {{},
                                   {false, -1, 10},
                                   {false, 50, -1},
                                   {false, 0, 0}};
-const std::vector<Heads> kSeveralHeads = {{1, 1, 132}, {6, 2, 132}, {8, 1, 24}, {34, 1, 24}, {4, 4, 1}};
+const std::vector<Heads> kSeveralHeads = {
+    {1, 1, 132}, {6, 2, 132}, {8, 1, 24}, {34, 1, 24}, {4, 4, 1}};
 
 void check_pack(const std::vector<int64_t>& lengths, const std::vector<Mask>& masks,
                 const std::vector<Heads>& heads) {
@@ -462,15 +464,16 @@ TEST(HopperWork, Splits) {
   }
 }
 
-/// Heads share tiles where that leaves fewer rows empty and fewer keys unseen, up to all of a group;
-/// a tile that a document fills alone has no need, and 126 of 128 rows are no gain for a long one.
+/// Heads share tiles where that leaves fewer rows empty and fewer keys unseen, up to all of a
+/// group; a tile that a document fills alone has no need, and 126 of 128 rows are no gain for a
+/// long one.
 TEST(HopperWork, HeadsOfATile) {
   struct Case {
     std::vector<int64_t> lengths;
     int64_t heads, kv_heads, world_size;
     std::int32_t tile_heads;
   };
-  const std::vector<Case> cases = {{{100, 100, 100}, 8, 1, 1, 8}, {{100, 100, 100}, 8, 8, 1, 1},
+  const std::vector<Case> cases = {{{100, 100, 100}, 8, 1, 1, 8},  {{100, 100, 100}, 8, 8, 1, 1},
                                    {{900, 300, 500}, 32, 8, 2, 4}, {{900, 300, 500}, 64, 2, 2, 16},
                                    {{900, 300, 500}, 28, 4, 2, 7}, {{900, 300, 500}, 12, 2, 2, 6},
                                    {{131072}, 28, 4, 1, 1},        {{8192}, 32, 8, 1, 1}};

@@ -123,14 +123,14 @@ struct ForwardParams {
   const Span* spans;
   const ForwardUnit* units;
   int unit_count;
-  int tiles;       // units x heads / tile_heads
-  int section;     // tiles of a unit that are numbered unit after unit before its others are
+  int tiles;    // units x heads / tile_heads
+  int section;  // tiles of a unit that are numbered unit after unit before its others are
   int tile_tokens;
   int tile_heads;
   int by_tile_heads;  // a row of a tile times this / 2^16 is its token
-  int* next_tile;  // 0 before the launch
-  Rows out;        // [local, heads, head_dim]
-  float* lse;      // [local, heads]
+  int* next_tile;     // 0 before the launch
+  Rows out;           // [local, heads, head_dim]
+  float* lse;         // [local, heads]
   std::int64_t lse_row;
   int heads;
   int group;  // query heads of a KV head
