@@ -5,24 +5,11 @@
 
 namespace zigzag::cuda::hopper {
 
-/// A tile of queries as the warp groups that compute see it. Keys are counted from the span's
-/// first.
-struct ForwardTile {
-  int row;         // of the shard: the first
-  int live;        // rows of the tile that are the span's
-  int head;        // the first
-  int blocks;      // of keys; 0: there are no more tiles
-  int keys;        // of the span
-  int early_rows;  // tokens before this one stand at early_key + token, the others at late_key +
-  int early_key;
-  int late_key;
-};
-
 /// Types of the forward kernel: tiles, their places in shared memory and the matrix products.
 /// T: cutlass::half_t or cutlass::bfloat16_t.
 template <typename T, int kWidth>
 struct Forward {
-  static constexpr int kStages = 2;  // of queries, keys and values
+  static constexpr int kStages = 2;
   static constexpr auto kK = cute::GMMA::Major::K;
   static constexpr auto kMn = cute::GMMA::Major::MN;
 
@@ -37,8 +24,8 @@ struct Forward {
                                  kK, kMn>(),
       Layout<Shape<_2, _1, _1>>{}));
 
-  using QueryLayout = decltype(cute::tile_to_shape(
-      cute::GMMA::Layout_K_SW128_Atom<T>{}, Shape<Int<kForwardTile>, Int<kWidth>, Int<kStages>>{}));
+  using QueryLayout = decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<T>{},
+                                                   Shape<Int<kForwardTile>, Int<kWidth>>{}));
   using KeyLayout = decltype(cute::tile_to_shape(
       cute::GMMA::Layout_K_SW128_Atom<T>{}, Shape<Int<kKeyTile>, Int<kWidth>, Int<kStages>>{}));
   using KeyLayoutT = decltype(cute::composition(
@@ -46,42 +33,43 @@ struct Forward {
                           cute::Stride<Int<kKeyTile>, _1, Int<kKeyTile * kWidth>>>{}));
 
   struct Shared {
-    // The results of a tile are put where its queries were, row by row.
-    alignas(1024) T q[kStages * kForwardTile * kWidth];
+    alignas(1024) T q[kForwardTile * kWidth];
     alignas(1024) T k[kStages * kKeyTile * kWidth];
     alignas(1024) T v[kStages * kKeyTile * kWidth];
-    std::uint64_t q_full[kStages], q_empty[kStages];
+    alignas(1024) T out[kForwardTile * kWidth];
+    std::uint64_t q_full, q_empty;
     std::uint64_t k_full[kStages], k_empty[kStages];
     std::uint64_t v_full[kStages], v_empty[kStages];
-    std::uint64_t tile_full[kStages], tile_empty[kStages];
+    std::uint64_t work_full[2], work_empty[2];
     // Volatile: CUTLASS's barriers do not tell the compiler that they order memory.
-    volatile ForwardTile tile[kStages];
+    volatile int work[2];         // numbers of tiles; negative: there are no more
     volatile int block[kStages];  // of the keys in k
     FetchBuffer fetch;
   };
 };
 
-/// The tile of queries with a number.
-__device__ __forceinline__ const ForwardUnit& unit_of(const ForwardParams& params, int number,
-                                                      int& head) {
-  const int in_section = number % (params.unit_count * params.section);
-  head = params.tile_heads * (number / (params.unit_count * params.section) * params.section +
-                              in_section % params.section);
-  return params.units[in_section / params.section];
-}
+/// A tile of queries.
+struct ForwardTile {
+  Span span;
+  const KeyRun* runs;
+  int head;       // the first
+  int first_row;  // of the span
+  int live;       // rows of the tile that are the span's
+  int blocks;     // of keys
+};
 
-/// What the warp groups that compute are told of a tile.
-__device__ __forceinline__ void tell(volatile ForwardTile& told, const ForwardParams& params,
-                                     const ForwardUnit& unit, const Span& span, int head) {
-  const int end_block = (unit.end_key + kKeyTile - 1) / kKeyTile;
-  told.row = span.q_begin + unit.first_row;
-  told.live = min(params.tile_tokens, span.q_count - unit.first_row) * params.tile_heads;
-  told.head = head;
-  told.blocks = end_block - unit.first_block;
-  told.keys = span.k_count;
-  told.early_rows = span.q_early - unit.first_row;
-  told.early_key = span.early_position + unit.first_row - span.k_position;
-  told.late_key = span.late_position + unit.first_row - span.q_early - span.k_position;
+__device__ __forceinline__ ForwardTile tile_of(const ForwardParams& params, int number) {
+  const int in_section = number % (params.unit_count * params.section);
+  const ForwardUnit& unit = params.units[in_section / params.section];
+  ForwardTile tile;
+  tile.span = params.spans[unit.span];
+  tile.runs = unit.runs;
+  tile.head = params.tile_heads * (number / (params.unit_count * params.section) * params.section +
+                                   in_section % params.section);
+  tile.first_row = unit.first_row;
+  tile.live = min(params.tile_tokens, tile.span.q_count - unit.first_row) * params.tile_heads;
+  tile.blocks = (unit.end_key + kKeyTile - 1) / kKeyTile - unit.first_block;
+  return tile;
 }
 
 template <typename T, int kWidth>
@@ -99,78 +87,45 @@ __device__ void load_forward(const ForwardParams& params,
     Barrier::arrive_and_expect_tx(&full[stage], kTileBytes);
     load_tile<kWidth>(map, &full[stage], tiles + stage * kKeyTile * kWidth, kKeyTile, row, head);
   };
-  // A block's values are wanted one block later than its keys. Those of a tile's last block do not
-  // wait for the next tile's queries, which have to wait until they have been worked on.
-  struct {
-    int row, head;
-    bool own;
-  } before{};
-  const auto give_values = [&] {
-    give(before.own ? params.own_v : params.v, shared.v_full, shared.v_empty, shared.v, n - 1,
-         before.row, before.head);
-  };
-  int number = atomicAdd(params.next_tile, 1);
   for (int i = 0;; ++i) {
-    const int slot = i % Types::kStages;
-    const auto phase = static_cast<std::uint32_t>(i / Types::kStages + 1) % 2;
+    const int number = atomicAdd(params.next_tile, 1);
     const bool live = number < params.tiles;
-    Barrier::wait(&shared.tile_empty[slot], phase);
-    if (!live) {
-      shared.tile[slot].blocks = 0;
-      Barrier::arrive(&shared.tile_full[slot]);
-      if (n > 0) give_values();
-      return;
-    }
-    int head = 0;
-    const ForwardUnit& unit = unit_of(params, number, head);
-    const Span& span = params.spans[unit.span];
-    tell(shared.tile[slot], params, unit, span, head);
-    Barrier::arrive(&shared.tile_full[slot]);
-    if (n > 0) give_values();
-    const int kv_head = head / params.group;
-    Barrier::wait(&shared.q_empty[slot], phase);
-    Barrier::arrive_and_expect_tx(&shared.q_full[slot], params.tile_tokens * params.tile_heads *
-                                                            kWidth * static_cast<int>(sizeof(T)));
-    load_tile<kWidth>(params.q, &shared.q_full[slot], shared.q + slot * (kForwardTile * kWidth),
-                      kForwardTile, head, span.q_begin + unit.first_row);
-    bool first = true;
-    int left = (unit.end_key + kKeyTile - 1) / kKeyTile - unit.first_block;
-#pragma unroll 1
+    Barrier::wait(&shared.work_empty[i % 2], static_cast<std::uint32_t>(i / 2 + 1) % 2);
+    shared.work[i % 2] = live ? number : -1;
+    Barrier::arrive(&shared.work_full[i % 2]);
+    if (!live) break;
+    const ForwardTile tile = tile_of(params, number);
+    const int kv_head = tile.head / params.group;
+    Barrier::wait(&shared.q_empty, static_cast<std::uint32_t>(i + 1) % 2);
+    Barrier::arrive_and_expect_tx(&shared.q_full, params.tile_tokens * params.tile_heads * kWidth *
+                                                      static_cast<int>(sizeof(T)));
+    load_tile<kWidth>(params.q, &shared.q_full, shared.q, kForwardTile, tile.head,
+                      tile.span.q_begin + tile.first_row);
+    // A block's values are wanted one block later than its keys.
+    int before_row = -1;
+    bool before_own = false;
+    const auto give_values = [&] {
+      give(before_own ? params.own_v : params.v, shared.v_full, shared.v_empty, shared.v, n - 1,
+           before_row, kv_head);
+    };
     for (int r = 0; r < kKeyRuns; ++r) {
-      const KeyRun run = unit.runs[r];
+      const KeyRun run = tile.runs[r];
       for (int block = run.end - 1; block >= run.begin; --block, ++n) {
-        // While there is nothing else to do; earlier, tiles would be dealt less evenly.
-        if (--left == 0) number = atomicAdd(params.next_tile, 1);
         const int row = run.row + block * kKeyTile;
         if (!run.own && !all_here) {
-          all_here =
-              wait_for_rows(params.fetch, row, min(row + kKeyTile, span.k_begin + span.k_count));
+          all_here = wait_for_rows(params.fetch, row,
+                                   min(row + kKeyTile, tile.span.k_begin + tile.span.k_count));
         }
         give(run.own ? params.own_k : params.k, shared.k_full, shared.k_empty, shared.k, n, row,
              kv_head, block);
-        if (!first) give_values();
-        first = false;
-        before = {row, kv_head, run.own != 0};
+        if (before_row >= 0) give_values();
+        before_row = row;
+        before_own = run.own;
       }
     }
+    give_values();
   }
 }
-
-/// What the two rows of a thread see of the keys of a tile, which are counted from the span's
-/// first.
-struct ForwardMask {
-  int first_key[2];
-  int last_key[2];
-  int all_from;  // what every row of the tile sees
-  int all_to;
-};
-
-/// Of the two rows of a thread: the highest score so far and the sum of weights that are relative
-/// to it.
-struct ForwardSums {
-  float most[2] = {-INFINITY, -INFINITY};
-  float sum[2] = {0, 0};
-};
 
 template <typename T, int kWidth, bool kSoftcap>
 __device__ void compute_forward(const ForwardParams& params,
@@ -186,6 +141,7 @@ __device__ void compute_forward(const ForwardParams& params,
   const auto sq = make_tensor(make_smem_ptr(shared.q), typename Types::QueryLayout{});
   const auto sk = make_tensor(make_smem_ptr(shared.k), typename Types::KeyLayout{});
   const auto sv_t = make_tensor(make_smem_ptr(shared.v), typename Types::KeyLayoutT{});
+  const auto sout = make_tensor(make_smem_ptr(shared.out), typename Types::QueryLayout{});
   typename Types::MmaScores mma_scores;
   typename Types::MmaValues mma_values;
   const auto scores_slice = mma_scores.get_slice(group * 128);
@@ -195,200 +151,135 @@ __device__ void compute_forward(const ForwardParams& params,
   const auto v_tiles = values_slice.partition_fragment_B(sv_t);
   const auto store_out = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, T>{}, mma_values);
   const auto store_slice = store_out.get_slice(thread);
+  auto stored_out = store_slice.partition_D(sout);
   using AsFactor = Layout<Shape<Shape<_2, _2, _2>, _1, Int<kKeyTile / 16>>>;
 
   auto out = partition_fragment_C(mma_values, Shape<Int<kForwardTile>, Int<kWidth>>{});
   const int row = group * 64 + in_group / 32 * 16 + lane / 4;  // of values 0, 1; the others: + 8
   const int column = lane % 4 * 2;                             // of value 0 of every 8 columns
 
-  const auto token_of = [&](int tile_row) { return tile_row * params.by_tile_heads >> 16; };
-  const auto mask_of = [&](const ForwardTile& tile) {
-    // Rows behind the last are not stored.
-    const auto key_of = [&](int tile_row) {
-      const int token = token_of(min(tile_row, tile.live - 1));
-      return token + (token < tile.early_rows ? tile.early_key : tile.late_key);
-    };
-    ForwardMask mask;
-    mask.all_from = key_of(kForwardTile - 1) - params.left;
-    mask.all_to = min(tile.keys - 1, key_of(0) + params.right);
-#pragma unroll
-    for (int y = 0; y < 2; ++y) {
-      mask.first_key[y] = key_of(row + 8 * y) - params.left;
-      mask.last_key[y] = min(tile.keys - 1, key_of(row + 8 * y) + params.right);
-    }
-    return mask;
-  };
-
-  // Turns scores into weights and `sums` into those of all keys so far; gives what out is to be
-  // multiplied by.
-  const auto soften = [&](auto& s, int block, const ForwardMask& mask, ForwardSums& sums,
-                          float(&factor)[2]) {
-    const int from = block * kKeyTile;
-    if constexpr (kSoftcap) {
-#pragma unroll
-      for (int j = 0; j < size(s); ++j) s(j) = tanh_fast(s(j) * params.cap_scale);
-    }
-    if (from < mask.all_from || from + kKeyTile - 1 > mask.all_to) {
-#pragma unroll
-      for (int j = 0; j < size(s); ++j) {
-        const int y = j / 2 % 2;
-        const int key = from + j / 4 * 8 + column + j % 2;
-        if (key < mask.first_key[y] || key > mask.last_key[y]) s(j) = -INFINITY;
-      }
-    }
-    // Several chains side by side: there are too few warps to hide the latency of one.
-    float highest[2][2] = {{sums.most[0], sums.most[0]}, {sums.most[1], sums.most[1]}};
-#pragma unroll
-    for (int j = 0; j < size(s); ++j) {
-      float& high = highest[j / 2 % 2][j % 2];
-      high = fmaxf(high, s(j));
-    }
-    float shift[2];
-    float added[2][2] = {};
-#pragma unroll
-    for (int y = 0; y < 2; ++y) {
-      const float before = sums.most[y];
-      float most = fmaxf(highest[y][0], highest[y][1]);
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-      sums.most[y] = most;
-      // A row without a key so far keeps weights of 0.
-      shift[y] = most == -INFINITY ? 0.0f : __fmul_rn(most, params.scale_log2);
-      // Rounded before it is subtracted, like the shift: exactly 1 where the maximum stays.
-      factor[y] = exp2_fast(__fmul_rn(before, params.scale_log2) - shift[y]);
-    }
-#pragma unroll
-    for (int j = 0; j < size(s); ++j) {
-      const int y = j / 2 % 2;
-      s(j) = exp2_fast(s(j) * params.scale_log2 - shift[y]);
-      added[y][j % 2] += s(j);
-    }
-#pragma unroll
-    for (int y = 0; y < 2; ++y) {
-      sums.sum[y] = sums.sum[y] * factor[y] + (added[y][0] + added[y][1]);
-    }
-  };
-  const auto wait_full = [&](std::uint64_t* full, int count) {
-    Barrier::wait(&full[count % kStages], static_cast<std::uint32_t>(count / kStages) % 2);
-  };
-  const auto leave = [&](std::uint64_t* empty, int count) {
-    Barrier::arrive(&empty[count % kStages]);
-  };
-  const auto take_tile = [&](int count) {
-    wait_full(shared.tile_full, count);
-    const volatile ForwardTile& told = shared.tile[count % kStages];
-    const ForwardTile tile{told.row,  told.live,       told.head,      told.blocks,
-                           told.keys, told.early_rows, told.early_key, told.late_key};
-    leave(shared.tile_empty, count);
-    return tile;
-  };
-  // Values behind the document's last belong to others and may hold anything. The last block comes
-  // first. Each warp group clears them for itself.
-  const auto clear_values = [&](const ForwardTile& tile, int block, int count) {
-    const int keys = tile.keys - block * kKeyTile;
-    if (keys >= kKeyTile) return;
-    wait_full(shared.v_full, count);
-    clear_rows<kKeyTile, kWidth, 128>(shared.v + count % kStages * (kKeyTile * kWidth), keys,
-                                      in_group);
-    cutlass::arch::fence_view_async_shared();
-    group_barrier(group);
-  };
-  // The sums of all keys; gives what out is to be multiplied by.
-  const auto finish_sums = [&](const ForwardTile& tile, ForwardSums& sums, float(&factor)[2]) {
-#pragma unroll
-    for (int y = 0; y < 2; ++y) {
-      float sum = sums.sum[y];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      factor[y] = sum == 0 ? 0.0f : 1.0f / sum;
-      if (lane % 4 != 0 || row + 8 * y >= tile.live) continue;
-      // log2 to log: x ln 2.
-      const float lse = sum == 0 ? -INFINITY
-                                 : (__fmul_rn(sums.most[y], params.scale_log2) + __log2f(sum)) *
-                                       0.6931471805599453f;
-      const int token = token_of(row + 8 * y);
-      const int head = tile.head + row + 8 * y - token * params.tile_heads;
-      params.lse[(tile.row + token) * params.lse_row + head] = lse;
-    }
-  };
-  // Writes out where the queries were, and from there to its place.
-  const auto store = [&](const ForwardTile& tile, int slot, const float(&factor)[2]) {
-    const auto sout = sq(_, _, slot);
-#pragma unroll
-    for (int j = 0; j < size(out); ++j) out(j) *= factor[j / 2 % 2];
-    auto results = rounded<T>(out);
-    auto stored_out = store_slice.partition_D(sout);
-    copy(store_out, store_slice.retile_S(results), stored_out);
-    cutlass::arch::fence_view_async_shared();
-    group_barrier(group);
-    constexpr int kPacks = kWidth / 8;
-    // Unknown to the compiler, which would keep the places of all passes in registers.
-    int first = in_group;
-    asm volatile("" : "+r"(first));
-#pragma unroll
-    for (int pass = 0; pass < 64 * kPacks / 128; ++pass) {
-      const int at = pass * 128 + first;
-      const int out_row = group * 64 + at / kPacks;
-      const int out_column = at % kPacks * 8;
-      if (out_row >= tile.live || out_column >= params.head_dim) continue;
-      const int token = token_of(out_row);
-      const int head = tile.head + out_row - token * params.tile_heads;
-      T* const target = static_cast<T*>(params.out.data) + (tile.row + token) * params.out.row +
-                        head * params.out.head + out_column;
-      *reinterpret_cast<uint4*>(target) =
-          *reinterpret_cast<const uint4*>(&sout(out_row, out_column));
-    }
-    Barrier::arrive(&shared.q_empty[slot]);
-  };
-
   // The warp groups take turns in giving work to the tensor cores, so that the softmax of one runs
   // under the products of the other.
   if (group == 1) pass_turn(group);
 
   int n = 0;  // blocks of keys so far
-  ForwardTile tile = take_tile(0);
-  ForwardMask mask;
-  ForwardSums sums;
-  float factor[2];
-  auto p = make_tensor<T>(
-      partition_fragment_C(mma_scores, Shape<Int<kForwardTile>, Int<kKeyTile>>{}).layout());
-  auto p_factor = make_tensor(p.data(), AsFactor{});
-  if (tile.blocks > 0) {
-    mask = mask_of(tile);
+  for (int i = 0;; ++i) {
+    Barrier::wait(&shared.work_full[i % 2], static_cast<std::uint32_t>(i / 2) % 2);
+    const int number = shared.work[i % 2];
+    Barrier::arrive(&shared.work_empty[i % 2]);
+    if (number < 0) break;
+    const ForwardTile tile = tile_of(params, number);
+    const auto token_of = [&](int tile_row) { return tile_row * params.by_tile_heads >> 16; };
+    // Keys are counted from the span's first; rows behind the last are not stored.
+    const auto key_of = [&](int tile_row) {
+      return position_of(tile.span, tile.first_row + token_of(min(tile_row, tile.live - 1))) -
+             tile.span.k_position;
+    };
+    // What every row sees of the keys: none of them needs a mask.
+    const int all_from = key_of(kForwardTile - 1) - params.left;
+    const int all_to = min(tile.span.k_count - 1, key_of(0) + params.right);
+    int first_key[2];  // that each of this thread's two rows sees
+    int last_key[2];
+#pragma unroll
+    for (int y = 0; y < 2; ++y) {
+      first_key[y] = key_of(row + 8 * y) - params.left;
+      last_key[y] = min(tile.span.k_count - 1, key_of(row + 8 * y) + params.right);
+    }
+    float most[2] = {-INFINITY, -INFINITY};
+    float sum[2] = {0, 0};
+
+    // Turns scores into weights and `most` and `sum` into those of all keys so far; gives what out
+    // is to be multiplied by.
+    const auto soften = [&](auto& s, int block, float(&factor)[2]) {
+      const int from = block * kKeyTile;
+      if constexpr (kSoftcap) {
+#pragma unroll
+        for (int j = 0; j < size(s); ++j) s(j) = tanh_fast(s(j) * params.cap_scale);
+      }
+      if (from < all_from || from + kKeyTile - 1 > all_to) {
+#pragma unroll
+        for (int j = 0; j < size(s); ++j) {
+          const int y = j / 2 % 2;
+          const int key = from + j / 4 * 8 + column + j % 2;
+          if (key < first_key[y] || key > last_key[y]) s(j) = -INFINITY;
+        }
+      }
+      // Several chains side by side: there are too few warps to hide the latency of one.
+      float highest[2][2] = {{most[0], most[0]}, {most[1], most[1]}};
+#pragma unroll
+      for (int j = 0; j < size(s); ++j) {
+        float& high = highest[j / 2 % 2][j % 2];
+        high = fmaxf(high, s(j));
+      }
+      float shift[2];
+      float added[2][2] = {};
+#pragma unroll
+      for (int y = 0; y < 2; ++y) {
+        const float before = most[y];
+        most[y] = fmaxf(highest[y][0], highest[y][1]);
+        most[y] = fmaxf(most[y], __shfl_xor_sync(0xffffffffu, most[y], 1));
+        most[y] = fmaxf(most[y], __shfl_xor_sync(0xffffffffu, most[y], 2));
+        // A row without a key so far keeps weights of 0.
+        shift[y] = most[y] == -INFINITY ? 0.0f : __fmul_rn(most[y], params.scale_log2);
+        // Rounded before it is subtracted, like the shift: exactly 1 where the maximum stays.
+        factor[y] = exp2_fast(__fmul_rn(before, params.scale_log2) - shift[y]);
+      }
+#pragma unroll
+      for (int j = 0; j < size(s); ++j) {
+        const int y = j / 2 % 2;
+        s(j) = exp2_fast(s(j) * params.scale_log2 - shift[y]);
+        added[y][j % 2] += s(j);
+      }
+#pragma unroll
+      for (int y = 0; y < 2; ++y) sum[y] = sum[y] * factor[y] + (added[y][0] + added[y][1]);
+    };
+    const auto wait_full = [&](std::uint64_t* full, int count) {
+      Barrier::wait(&full[count % kStages], static_cast<std::uint32_t>(count / kStages) % 2);
+    };
+    const auto leave = [&](std::uint64_t* empty, int count) {
+      Barrier::arrive(&empty[count % kStages]);
+    };
+
+    Barrier::wait(&shared.q_full, static_cast<std::uint32_t>(i) % 2);
+    float factor[2];
     auto s = partition_fragment_C(mma_scores, Shape<Int<kForwardTile>, Int<kKeyTile>>{});
-    wait_full(shared.q_full, 0);
-    wait_full(shared.k_full, 0);
-    const int block = shared.block[0];
+    wait_full(shared.k_full, n);
+    int block = shared.block[n % kStages];
     take_turn(group);
-    multiply<true>(mma_scores, q_tiles(_, _, _, 0), k_tiles(_, _, _, 0), s);
+    multiply<true>(mma_scores, q_tiles, k_tiles(_, _, _, n % kStages), s);
     pass_turn(group);
-    clear_values(tile, block, 0);
+    // Values behind the document's last belong to others and may hold anything. The last block
+    // comes first.
+    if (tile.span.k_count - block * kKeyTile < kKeyTile) {
+      wait_full(shared.v_full, n);
+      clear_rows<kKeyTile, kWidth, kComputeThreads>(shared.v + n % kStages * (kKeyTile * kWidth),
+                                                    tile.span.k_count - block * kKeyTile, thread);
+      cutlass::arch::fence_view_async_shared();
+      compute_barrier();
+    }
     warpgroup_wait<0>();
     warpgroup_fence_operand(s);
-    leave(shared.k_empty, 0);
-    soften(s, block, mask, sums, factor);
-    round_into(s, p);
+    leave(shared.k_empty, n);
+    soften(s, block, factor);
+    auto p = rounded<T>(s);
     clear(out);
-  }
-  for (int i = 0; tile.blocks > 0; ++i) {
-    const int slot = i % kStages;
-    const int next_slot = (i + 1) % kStages;
     for (int left = tile.blocks - 1; left > 0; --left, ++n) {
       auto next = partition_fragment_C(mma_scores, Shape<Int<kForwardTile>, Int<kKeyTile>>{});
+      auto p_factor = make_tensor(p.data(), AsFactor{});
       wait_full(shared.k_full, n + 1);
-      const int block = shared.block[(n + 1) % kStages];
+      block = shared.block[(n + 1) % kStages];
       take_turn(group);
-      multiply<true>(mma_scores, q_tiles(_, _, _, slot), k_tiles(_, _, _, (n + 1) % kStages), next);
+      multiply<true>(mma_scores, q_tiles, k_tiles(_, _, _, (n + 1) % kStages), next);
       wait_full(shared.v_full, n);
       multiply<false>(mma_values, p_factor, v_tiles(_, _, _, n % kStages), out);
       pass_turn(group);
       warpgroup_wait<1>();
       warpgroup_fence_operand(next);
       leave(shared.k_empty, n + 1);
-      soften(next, block, mask, sums, factor);
+      soften(next, block, factor);
       // Never so: a wait moves up to the last branch before it, and the weights are to be made
       // while the product goes on.
-      if (sums.sum[0] + sums.sum[1] < 0) __nanosleep(1000);
+      if (sum[0] + sum[1] < 0) __nanosleep(1000);
       warpgroup_wait<0>();
       warpgroup_fence_operand(out);
       leave(shared.v_empty, n);
@@ -399,46 +290,55 @@ __device__ void compute_forward(const ForwardParams& params,
         for (int j = 0; j < size(out); ++j) out(j) *= factor[j / 2 % 2];
       }
     }
-    const ForwardTile next_tile = take_tile(i + 1);
-    if (next_tile.blocks == 0) {
-      wait_full(shared.v_full, n);
-      multiply<false>(mma_values, p_factor, v_tiles(_, _, _, n % kStages), out);
-      finish_sums(tile, sums, factor);
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(out);
-      leave(shared.v_empty, n);
-      store(tile, slot, factor);
-      break;
-    }
-    // The next tile's first scores and their softmax go together with the last values of this one.
-    auto next = partition_fragment_C(mma_scores, Shape<Int<kForwardTile>, Int<kKeyTile>>{});
-    mask = mask_of(next_tile);
-    wait_full(shared.q_full, i + 1);
-    wait_full(shared.k_full, n + 1);
-    const int block = shared.block[(n + 1) % kStages];
-    take_turn(group);
-    multiply<true>(mma_scores, q_tiles(_, _, _, next_slot), k_tiles(_, _, _, (n + 1) % kStages),
-                   next);
+    Barrier::arrive(&shared.q_empty);
+    auto p_factor = make_tensor(p.data(), AsFactor{});
     wait_full(shared.v_full, n);
     multiply<false>(mma_values, p_factor, v_tiles(_, _, _, n % kStages), out);
-    pass_turn(group);
-    float last_factor[2];
-    finish_sums(tile, sums, last_factor);
-    sums = {};
-    clear_values(next_tile, block, n + 1);
-    warpgroup_wait<1>();
-    warpgroup_fence_operand(next);
-    leave(shared.k_empty, n + 1);
-    soften(next, block, mask, sums, factor);
-    if (sums.sum[0] + sums.sum[1] < 0) __nanosleep(1000);  // as above
+    float lse[2];
+#pragma unroll
+    for (int y = 0; y < 2; ++y) {
+      sum[y] += __shfl_xor_sync(0xffffffffu, sum[y], 1);
+      sum[y] += __shfl_xor_sync(0xffffffffu, sum[y], 2);
+      // log2 to log: x ln 2.
+      lse[y] = (__fmul_rn(most[y], params.scale_log2) + __log2f(sum[y])) * 0.6931471805599453f;
+      if (sum[y] == 0) lse[y] = -INFINITY;
+      factor[y] = sum[y] == 0 ? 0.0f : 1.0f / sum[y];
+    }
     warpgroup_wait<0>();
     warpgroup_fence_operand(out);
     leave(shared.v_empty, n);
-    store(tile, slot, last_factor);
     ++n;
-    round_into(next, p);
-    clear(out);
-    tile = next_tile;
+#pragma unroll
+    for (int j = 0; j < size(out); ++j) out(j) *= factor[j / 2 % 2];
+    if (lane % 4 == 0) {
+#pragma unroll
+      for (int y = 0; y < 2; ++y) {
+        if (row + 8 * y >= tile.live) continue;
+        const int token = token_of(row + 8 * y);
+        const int head = tile.head + row + 8 * y - token * params.tile_heads;
+        params.lse[(tile.span.q_begin + tile.first_row + token) * params.lse_row + head] = lse[y];
+      }
+    }
+    auto results = rounded<T>(out);
+    // The rows that this group put here for the last tile have been read.
+    group_barrier(group);
+    copy(store_out, store_slice.retile_S(results), stored_out);
+    group_barrier(group);
+    constexpr int kPacks = kWidth / 8;
+#pragma unroll
+    for (int pass = 0; pass < 64 * kPacks / 128; ++pass) {
+      const int at = pass * 128 + in_group;
+      const int out_row = group * 64 + at / kPacks;
+      const int out_column = at % kPacks * 8;
+      if (out_row >= tile.live || out_column >= params.head_dim) continue;
+      const int token = token_of(out_row);
+      const int head = tile.head + out_row - token * params.tile_heads;
+      T* const target = static_cast<T*>(params.out.data) +
+                        (tile.span.q_begin + tile.first_row + token) * params.out.row +
+                        head * params.out.head + out_column;
+      *reinterpret_cast<uint4*>(target) =
+          *reinterpret_cast<const uint4*>(&sout(out_row, out_column));
+    }
   }
   // The other group's last arrival is taken, so that no barrier is left half full.
   if (group == 0) take_turn(group);
@@ -454,15 +354,18 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     // Every thread says for itself that it has read: one a warp costs as much, and race checkers do
     // not see that it speaks for the others.
     constexpr int kReaders = kComputeThreads;
+    Barrier::init(&shared.q_full, 1);
+    Barrier::init(&shared.q_empty, kReaders);
     Barrier::init(&shared.fetch.full, 1);
     for (int stage = 0; stage < Types::kStages; ++stage) {
-      for (std::uint64_t* full : {shared.q_full, shared.k_full, shared.v_full, shared.tile_full}) {
-        Barrier::init(full + stage, 1);
-      }
-      for (std::uint64_t* empty :
-           {shared.q_empty, shared.k_empty, shared.v_empty, shared.tile_empty}) {
-        Barrier::init(empty + stage, kReaders);
-      }
+      Barrier::init(&shared.k_full[stage], 1);
+      Barrier::init(&shared.v_full[stage], 1);
+      Barrier::init(&shared.k_empty[stage], kReaders);
+      Barrier::init(&shared.v_empty[stage], kReaders);
+    }
+    for (int slot = 0; slot < 2; ++slot) {
+      Barrier::init(&shared.work_full[slot], 1);
+      Barrier::init(&shared.work_empty[slot], kReaders);
     }
     cutlass::arch::fence_barrier_init();
   }
