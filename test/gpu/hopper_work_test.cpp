@@ -91,27 +91,33 @@ int position_of(const Span& span, int row) {
   return row < span.q_early ? span.early_position + row : span.late_position + row - span.q_early;
 }
 
-/// Spans hold the shard's rows one after another, and tiles are counted through them.
+/// Spans hold the shard's rows one after another.
 void check_spans(const Spans& spans, const Layout& layout) {
   std::size_t row = 0;
-  int64_t tiles = 0;
   ASSERT_EQ(spans.documents.size(), spans.spans.size());
   for (std::size_t s = 0; s < spans.spans.size(); ++s) {
     const Span& span = spans.spans[s];
     ASSERT_EQ(span.q_begin, static_cast<int64_t>(row));
     ASSERT_GT(span.q_count, 0);
     ASSERT_LE(row + static_cast<std::size_t>(span.q_count), layout.local.size());
-    ASSERT_EQ(span.tile_begin, tiles);
     for (int i = 0; i < span.q_count; ++i, ++row) {
       ASSERT_EQ(layout.local[row], (Token{spans.documents[s], position_of(span, i)}));
     }
-    for (int i = 0; i < span.q_count; i += kQueryTile, ++tiles) {
-      ASSERT_LT(tiles, spans.tiles());
-      ASSERT_EQ(spans.tile_span[static_cast<std::size_t>(tiles)], static_cast<int64_t>(s));
-    }
   }
   ASSERT_EQ(row, layout.local.size());
-  ASSERT_EQ(tiles, spans.tiles());
+}
+
+/// Tiles are counted through the spans.
+void check_tiles(const BackwardWork& work) {
+  int64_t tiles = 0;
+  for (std::size_t s = 0; s < work.spans.spans.size(); ++s) {
+    ASSERT_EQ(work.spans.spans[s].tile_begin, tiles);
+    for (int i = 0; i < work.spans.spans[s].q_count; i += work.tile_tokens(), ++tiles) {
+      ASSERT_LT(tiles, work.tiles());
+      ASSERT_EQ(work.tile_span[static_cast<std::size_t>(tiles)], static_cast<int64_t>(s));
+    }
+  }
+  ASSERT_EQ(tiles, work.tiles());
 }
 
 /// What compute_forward does with a unit for the first head of its tiles.
@@ -268,17 +274,18 @@ void check_own(const BackwardUnit& unit, int64_t document, const Layout& layout)
 }
 
 /// What compute of backward.cuh does with a unit for one query head.
-void follow(const BackwardUnit& unit, const Span& span, const Reach& reach, Seen& seen) {
+void follow(const BackwardUnit& unit, int tokens, const Span& span, const Reach& reach,
+            Seen& seen) {
   ASSERT_GE(unit.first_tile, 0);
-  ASSERT_LE(unit.end_tile, (span.q_count + kQueryTile - 1) / kQueryTile);
+  ASSERT_LE(unit.end_tile, (span.q_count + tokens - 1) / tokens);
   for (int tile = unit.first_tile; tile < unit.end_tile; ++tile) {
     const bool masked = tile < unit.first_full || tile >= unit.end_full;
-    const int live = span.q_count - tile * kQueryTile;
+    const int live = span.q_count - tile * tokens;
     if (!masked) {
-      ASSERT_GE(live, kQueryTile) << "a tile without a mask has rows of others";
+      ASSERT_GE(live, tokens) << "a tile without a mask has rows of others";
     }
-    for (int query = 0; query < std::min(live, kQueryTile); ++query) {
-      const int row = tile * kQueryTile + query;
+    for (int query = 0; query < std::min(live, tokens); ++query) {
+      const int row = tile * tokens + query;
       const int at = position_of(span, row) - unit.k_position;
       int from = 0;
       int to = kKeyTile - 1;
@@ -297,6 +304,8 @@ void check_backward(const AttendArgs& args, const Layout& layout, bool own_rows,
   SCOPED_TRACE(own_rows ? "backward, own rows early" : "backward");
   const BackwardWork work = make_backward_work(args, own_rows, processors);
   ASSERT_NO_FATAL_FAILURE(check_spans(work.spans, layout));
+  ASSERT_NO_FATAL_FAILURE(check_tiles(work));
+  ASSERT_EQ(work.tile_heads & (work.tile_heads - 1), 0) << "the kernel shifts by its logarithm";
   if (!own_rows) {
     EXPECT_TRUE(work.early.empty());
     EXPECT_TRUE(work.rest.empty());
@@ -323,6 +332,8 @@ void check_backward(const AttendArgs& args, const Layout& layout, bool own_rows,
       ASSERT_EQ(unit.kv_head, unit.head / (heads / kv_heads));
       ASSERT_EQ(unit.kv_head, (unit.head + unit.heads - 1) / (heads / kv_heads));
       ASSERT_LE(unit.head + unit.heads, heads);
+      ASSERT_EQ(unit.head % work.tile_heads, 0);
+      ASSERT_EQ(unit.heads % work.tile_heads, 0);
       const auto plane = static_cast<std::size_t>(unit.kv_head * work.splits + unit.split);
       for (int key = 0; key < unit.k_count; ++key) {
         ++written[plane * rows + static_cast<std::size_t>(unit.dk_row + key)];
@@ -337,7 +348,7 @@ void check_backward(const AttendArgs& args, const Layout& layout, bool own_rows,
       for (const BackwardUnit& unit : *units) {
         if (head < unit.head || head >= unit.head + unit.heads) continue;
         const Span& span = work.spans.spans.at(static_cast<std::size_t>(unit.span));
-        ASSERT_NO_FATAL_FAILURE(follow(unit, span, reach_of(args.mask), seen));
+        ASSERT_NO_FATAL_FAILURE(follow(unit, work.tile_tokens(), span, reach_of(args.mask), seen));
       }
     }
     ASSERT_NO_FATAL_FAILURE(expect_visible(seen, layout));
@@ -471,19 +482,25 @@ TEST(HopperWork, HeadsOfATile) {
   struct Case {
     std::vector<int64_t> lengths;
     int64_t heads, kv_heads, world_size;
-    std::int32_t tile_heads;
+    std::int32_t forward, backward;
   };
-  const std::vector<Case> cases = {{{100, 100, 100}, 8, 1, 1, 8},  {{100, 100, 100}, 8, 8, 1, 1},
-                                   {{900, 300, 500}, 32, 8, 2, 4}, {{900, 300, 500}, 64, 2, 2, 16},
-                                   {{900, 300, 500}, 28, 4, 2, 7}, {{900, 300, 500}, 12, 2, 2, 6},
-                                   {{131072}, 28, 4, 1, 1},        {{8192}, 32, 8, 1, 1}};
+  const std::vector<Case> cases = {
+      {{100, 100, 100}, 8, 1, 1, 8, 8},  {{100, 100, 100}, 8, 8, 1, 1, 1},
+      {{900, 300, 500}, 32, 8, 2, 4, 4}, {{900, 300, 500}, 64, 2, 2, 16, 16},
+      {{900, 300, 500}, 28, 4, 2, 7, 1}, {{900, 300, 500}, 12, 2, 2, 6, 2},
+      {{131072}, 28, 4, 1, 1, 1},        {{8192}, 32, 8, 1, 1, 1}};
   for (const Case& one : cases) {
     const Plan plan = Plan::from_lengths(one.lengths, one.world_size);
-    const Call call(plan, one.world_size - 1, Mask{}, {one.heads, one.kv_heads, 132});
+    const Call call(plan, one.world_size - 1, Mask{}, {one.heads, one.kv_heads, 1});
     const ForwardWork work = make_forward_work(call.args, false);
-    EXPECT_EQ(work.tile_heads, one.tile_heads)
-        << one.lengths[0] << " tokens, " << one.heads << " heads of " << one.kv_heads;
-    EXPECT_EQ(work.tile_tokens(), kForwardTile / one.tile_heads);
+    const BackwardWork backward = make_backward_work(call.args, false, 1);
+    const std::string what = std::to_string(one.lengths[0]) + " tokens, " +
+                             std::to_string(one.heads) + " heads of " +
+                             std::to_string(one.kv_heads);
+    EXPECT_EQ(work.tile_heads, one.forward) << what;
+    EXPECT_EQ(work.tile_tokens(), kForwardTile / one.forward) << what;
+    EXPECT_EQ(backward.tile_heads, one.backward) << what;
+    EXPECT_EQ(backward.tile_tokens(), kQueryTile / one.backward) << what;
   }
 }
 

@@ -90,24 +90,28 @@ __device__ void load_tiles(const BackwardParams& params,
   load_tile<kWidth>(params.k, &shared.keys_full, shared.k, kKeyTile, unit.k_row, unit.kv_head);
   load_tile<kWidth>(params.v, &shared.keys_full, shared.v, kKeyTile, unit.k_row, unit.kv_head);
   int n = 0;
-  for (int head = unit.head; head < unit.head + unit.heads; ++head) {
+  const int tile_tokens = kQueries >> params.tile_heads_log2;
+  const int first_plane = unit.head >> params.tile_heads_log2;
+  const int end_plane = (unit.head + unit.heads) >> params.tile_heads_log2;
+  for (int plane = first_plane; plane < end_plane; ++plane) {
     for (int tile = unit.first_tile; tile < unit.end_tile; ++tile, ++n) {
       const int stage = n % Types::kStages;
       const std::uint32_t phase = static_cast<std::uint32_t>(n / Types::kStages + 1) % 2;
-      const std::int64_t padded = (head * params.tiles + span.tile_begin + tile) * kQueries;
+      const std::int64_t padded = (plane * params.tiles + span.tile_begin + tile) * kQueries;
       constexpr int kBytes = kQueries * kWidth * sizeof(T) + kQueries * sizeof(float);
       constexpr int kTile = kQueries * kWidth;
-      const int row = span.q_begin + tile * kQueries;
+      const int row = span.q_begin + tile * tile_tokens;
+      const int head = plane << params.tile_heads_log2;
       Barrier::wait(&shared.q_empty[stage], phase);
       Barrier::arrive_and_expect_tx(&shared.q_full[stage], kBytes);
-      load_tile<kWidth>(params.q, &shared.q_full[stage], shared.q + stage * kTile, kQueries, row,
-                        head);
+      load_tile<kWidth>(params.q, &shared.q_full[stage], shared.q + stage * kTile, kQueries, head,
+                        row);
       cute::SM90_BULK_COPY_G2S::copy(params.lse + padded, &shared.q_full[stage], shared.lse[stage],
                                      kQueries * sizeof(float));
       Barrier::wait(&shared.dout_empty[stage], phase);
       Barrier::arrive_and_expect_tx(&shared.dout_full[stage], kBytes);
       load_tile<kWidth>(params.dout, &shared.dout_full[stage], shared.dout + stage * kTile,
-                        kQueries, row, head);
+                        kQueries, head, row);
       cute::SM90_BULK_COPY_G2S::copy(params.delta + padded, &shared.dout_full[stage],
                                      shared.delta[stage], kQueries * sizeof(float));
     }
@@ -181,9 +185,9 @@ __device__ void compute(const BackwardParams& params,
   }
 
   const int tiles = unit.end_tile - unit.first_tile;
-  const int total = uniform(unit.heads * tiles);
+  const int total = uniform((unit.heads >> params.tile_heads_log2) * tiles);
   int tile = unit.first_tile;
-  int head = unit.head;
+  int plane = unit.head >> params.tile_heads_log2;  // of heads that share tiles
   for (int n = 0; n < total; ++n) {
     const int stage = uniform(n % kStages);
     Barrier::wait(&shared.q_full[stage], static_cast<std::uint32_t>(n / kStages) % 2);
@@ -193,7 +197,9 @@ __device__ void compute(const BackwardParams& params,
     const bool masked = __any_sync(0xffffffffu, tile < unit.first_full || tile >= unit.end_full);
     // Rows behind the document's last belong to others and may hold anything. Scores that are being
     // made of them are not used.
-    const int live = uniform(masked ? span.q_count - tile * kQueries : kQueries);
+    const int tile_tokens = kQueries >> params.tile_heads_log2;
+    const int live =
+        uniform(masked ? (span.q_count - tile * tile_tokens) << params.tile_heads_log2 : kQueries);
     if (live < kQueries) {
       clear_rows<kQueries, kWidth, 128>(shared.q + stage * (kQueries * kWidth), live, in_group);
       clear_rows<kQueries, kWidth, 128>(shared.dout + stage * (kQueries * kWidth), live, in_group);
@@ -226,7 +232,8 @@ __device__ void compute(const BackwardParams& params,
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
           const int query = 8 * c + column + x;
-          const int at = position_of(span, tile * kQueries + query) - unit.k_position;
+          const int token = query >> params.tile_heads_log2;
+          const int at = position_of(span, tile * tile_tokens + token) - unit.k_position;
           const int from = at - params.left;
           const int to = query < live ? min(unit.k_count - 1, at + params.right) : -1;
 #pragma unroll
@@ -283,7 +290,7 @@ __device__ void compute(const BackwardParams& params,
     warpgroup_fence_operand(dq);
     Barrier::arrive(&shared.dout_empty[stage]);
     float* const sums = params.dq +
-                        (head * params.tiles + span.tile_begin + tile) * (kQueries * kWidth) +
+                        (plane * params.tiles + span.tile_begin + tile) * (kQueries * kWidth) +
                         (Types::kShareKeys ? group * (kQueries * 64) : 0);
     // Put away in the order of fragments: each thread writes 16 bytes beside its neighbour's.
     float* const staged = shared.dq + group * (kQueries * 64);
@@ -302,7 +309,7 @@ __device__ void compute(const BackwardParams& params,
     Barrier::arrive(&shared.q_empty[stage]);
     if (++tile == unit.end_tile) {
       tile = unit.first_tile;
-      ++head;
+      ++plane;
     }
   }
   warpgroup_wait<0>();

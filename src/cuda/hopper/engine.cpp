@@ -1,6 +1,7 @@
 #include "cuda/hopper/engine.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <exception>
 #include <limits>
@@ -154,7 +155,7 @@ std::shared_ptr<const BackwardPack> pack_of(const AttendArgs& args, bool own_row
     BackwardPack pack;
     pack.work = make_backward_work(args, own_rows, abilities(args.q.device.index).processors);
     append_bytes(pack.bytes, pack.work.spans.spans);
-    pack.tile_span_at = append_bytes(pack.bytes, pack.work.spans.tile_span);
+    pack.tile_span_at = append_bytes(pack.bytes, pack.work.tile_span);
     pack.early_at = append_bytes(pack.bytes, pack.work.early);
     pack.others_at = append_bytes(pack.bytes, pack.work.others);
     pack.rest_at = append_bytes(pack.bytes, pack.work.rest);
@@ -322,10 +323,10 @@ struct HopperBackward::State {
               used_stream),
         width(width_of(given.q.shape[2])),
         heads(given.q.shape[1]),
-        padded(pack->work.spans.tiles() * kQueryTile),
-        lse(device, heads * padded * int64_t{sizeof(float)}, stream),
-        delta(device, heads * padded * int64_t{sizeof(float)}, stream),
-        sums(device, heads * padded * width * int64_t{sizeof(float)}, stream) {}
+        padded_rows(heads / pack->work.tile_heads * pack->work.tiles() * kQueryTile),
+        lse(device, padded_rows * int64_t{sizeof(float)}, stream),
+        delta(device, padded_rows * int64_t{sizeof(float)}, stream),
+        sums(device, padded_rows * width * int64_t{sizeof(float)}, stream) {}
   ~State() {
     try {
       join();
@@ -350,7 +351,7 @@ struct HopperBackward::State {
   TableUse table;
   int width;
   int64_t heads;
-  int64_t padded;
+  int64_t padded_rows;
   Scratch lse, delta, sums;
   std::unique_ptr<Scratch> split_dk, split_dv;
   /// Where there are several launches, the others' have a stream of their own: each fills what the
@@ -364,7 +365,8 @@ PassParams HopperBackward::State::pass_params() const {
   params.spans = table.as<Span>();
   params.tile_span =
       reinterpret_cast<const std::int32_t*>(table.as<std::byte>() + pack->tile_span_at);
-  params.tiles = pack->work.spans.tiles();
+  params.tiles = pack->work.tiles();
+  params.tile_heads_log2 = std::countr_zero(static_cast<unsigned>(pack->work.tile_heads));
   params.heads = static_cast<int>(heads);
   params.head_dim = static_cast<int>(args.q.shape[2]);
   params.out = rows_of(args.out);
@@ -383,8 +385,9 @@ void HopperBackward::State::run_units(const std::vector<BackwardUnit>& units, st
                                       cudaStream_t on) const {
   if (units.empty()) return;
   BackwardParams params{};
-  params.q = make_tensor_map(args.q, kQueryTile);
-  params.dout = make_tensor_map(args.dout, kQueryTile);
+  const int tile_heads = pack->work.tile_heads;
+  params.q = make_tensor_map_of_heads(args.q, tile_heads, pack->work.tile_tokens());
+  params.dout = make_tensor_map_of_heads(args.dout, tile_heads, pack->work.tile_tokens());
   params.k = make_tensor_map(args.k, kKeyTile);
   params.v = make_tensor_map(args.v, kKeyTile);
   params.spans = table.as<Span>();
@@ -392,7 +395,8 @@ void HopperBackward::State::run_units(const std::vector<BackwardUnit>& units, st
   params.lse = lse.as<float>();
   params.delta = delta.as<float>();
   params.dq = sums.as<float>();
-  params.tiles = pack->work.spans.tiles();
+  params.tiles = pack->work.tiles();
+  params.tile_heads_log2 = std::countr_zero(static_cast<unsigned>(tile_heads));
   params.head_dim = static_cast<int>(args.q.shape[2]);
   params.scale = static_cast<float>(args.scale);
   set_scores(params, args);

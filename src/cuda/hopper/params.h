@@ -8,20 +8,23 @@ namespace zigzag::cuda::hopper {
 
 /// Compiled head widths are 64 and 128; a head_dim takes the narrowest that holds it.
 constexpr int width_of(std::int64_t head_dim) { return head_dim <= 64 ? 64 : 128; }
-/// Query rows of a tile of the backward.
+/// Rows of a tile of the backward: tokens, each with several of the query heads that share a KV
+/// head one after another. A tile that spans few tokens has few keys that some of its rows do not
+/// see, and few rows behind a document's last.
 constexpr int kQueryTile = 64;
 /// Keys of a tile.
 constexpr int kKeyTile = 128;
 
 /// A document's query rows on this rank: its early rows and then its late ones, one after another
-/// in the shard. In the padded order of lse, delta and sums of dq every document starts a tile.
+/// in the shard. In the padded order of lse, delta and sums of dq, [heads / heads of a tile, tiles,
+/// kQueryTile], every document starts a tile.
 struct Span {
   std::int32_t q_begin;         // row of the shard
   std::int32_t q_count;         // early and late rows
   std::int32_t q_early;         // early rows
   std::int32_t early_position;  // position in the document of the first early row
   std::int32_t late_position;   // likewise of the first late row
-  std::int32_t tile_begin;      // first tile of the padded order
+  std::int32_t tile_begin;      // backward: first tile of the padded order
   std::int32_t k_begin;         // forward: first row of the gathered keys that these rows may see
   std::int32_t k_count;         // forward: rows of gathered keys from there on
   std::int32_t k_position;      // forward: position in the document of the first of them
@@ -30,9 +33,7 @@ struct Span {
 /// What stands for no bound of a window; positions are below it.
 constexpr std::int32_t kFar = std::int32_t{1} << 30;
 
-/// Rows of a tile of the forward: tokens, each with several of the query heads that share a KV head
-/// one after another. A tile that spans few tokens has few keys that some of its rows do not see,
-/// and few rows behind a document's last.
+/// Rows of a tile of the forward, likewise.
 constexpr int kForwardTile = 128;
 /// Heads of a tile at most.
 constexpr int kMaxTileHeads = 16;
@@ -142,16 +143,17 @@ struct ForwardParams {
 
 /// What the backward kernel works on; the maps are those of make_tensor_map.
 struct BackwardParams {
-  CUtensorMap q, dout;  // [local, heads, head_dim], boxes of kQueryTile rows
+  CUtensorMap q, dout;  // [local, heads, head_dim], boxes of tile_heads x kQueryTile / tile_heads
   CUtensorMap k, v;     // [keys, kv_heads, head_dim], boxes of kKeyTile rows
   const Span* spans;
   const BackwardUnit* units;
-  const float* lse;           // [heads, tiles x kQueryTile] x log2(e); +inf where there is no row
-  const float* delta;         // [heads, tiles x kQueryTile]
-  float* dq;                  // [heads, tiles, kQueryTile x width] in the order of fragments
+  const float* lse;           // in the padded order, x log2(e); +inf where there is no row
+  const float* delta;         // in the padded order
+  float* dq;                  // in the padded order, tiles of width columns as fragments lie
   Rows dk, dv;                // [keys, kv_heads, head_dim]
   std::int64_t split_stride;  // elements from one split's dk and dv to the next
   std::int64_t tiles;
+  int tile_heads_log2;
   int head_dim;
   float scale;
   float scale_log2;  // (scale or, with a softcap, softcap) x log2(e)
@@ -166,14 +168,15 @@ struct PassParams {
   const Span* spans;
   const std::int32_t* tile_span;  // [tiles]: the span of each tile
   std::int64_t tiles;
+  int tile_heads_log2;
   int heads;
   int head_dim;
   Rows out, dout, dq;
   const float* lse;  // [local, heads]
   std::int64_t lse_row;
-  float* lse_log2;  // [heads, tiles x kQueryTile]
+  float* lse_log2;  // in the padded order
   float* delta;     // likewise
-  float* dq_sums;   // [heads, tiles, kQueryTile x width]
+  float* dq_sums;   // likewise, tiles of width columns as fragments lie
   float scale;
 };
 

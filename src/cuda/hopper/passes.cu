@@ -12,31 +12,44 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPack = 8;  // elements of an access of 16 bytes
 
-/// One block a tile and head: delta = sum over head_dim of out x dout, lse x log2(e), and the
-/// tile's sums of dq cleared. A row without a visible key (lse -inf) gets +inf, so that its weights
-/// are exp2(-inf) = 0; so do the rows that pad the tile.
+/// The row of the shard and the head of a row of a tile of `plane`, whose first token is `first`.
+struct RowPlace {
+  std::int64_t local;
+  int head;
+  bool live;
+};
+
+__device__ __forceinline__ RowPlace place_of(const PassParams& params, const Span& span,
+                                             std::int64_t tile, int plane, int row) {
+  const int log2 = params.tile_heads_log2;
+  const int token = static_cast<int>(tile - span.tile_begin) * (kQueryTile >> log2) + (row >> log2);
+  return {span.q_begin + token, (plane << log2) + (row & ((1 << log2) - 1)), token < span.q_count};
+}
+
+/// One block a tile and the heads that share it: delta = sum over head_dim of out x dout, lse x
+/// log2(e), and the tile's sums of dq cleared. A row without a visible key (lse -inf) gets +inf, so
+/// that its weights are exp2(-inf) = 0; so do the rows that pad the tile.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     before_kernel(const __grid_constant__ PassParams params) {
   constexpr int kLanes = kWidth / kPack;  // threads of a row
   constexpr int kRows = kThreads / kLanes;
   const auto tile = static_cast<std::int64_t>(blockIdx.x);
-  const int head = static_cast<int>(blockIdx.y);
+  const int plane = static_cast<int>(blockIdx.y);
   const Span span = params.spans[params.tile_span[tile]];
-  const int first = static_cast<int>(tile - span.tile_begin) * kQueryTile;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const std::int64_t padded = (head * params.tiles + tile) * kQueryTile;
+  const std::int64_t padded = (plane * params.tiles + tile) * kQueryTile;
 #pragma unroll
   for (int pass = 0; pass < kQueryTile / kRows; ++pass) {
     const int row = pass * kRows + static_cast<int>(threadIdx.x) / kLanes;
-    const bool live = first + row < span.q_count;
-    const std::int64_t local = span.q_begin + first + row;
+    const RowPlace place = place_of(params, span, tile, plane, row);
     float sum = 0;
-    if (live && lane * kPack < params.head_dim) {
+    if (place.live && lane * kPack < params.head_dim) {
       using Values = Pack<T, kPack>;
       const auto load = [&](const Rows& x) {
-        return *reinterpret_cast<const Values*>(static_cast<const T*>(x.data) + local * x.row +
-                                                head * x.head + lane * kPack);
+        return *reinterpret_cast<const Values*>(static_cast<const T*>(x.data) +
+                                                place.local * x.row + place.head * x.head +
+                                                lane * kPack);
       };
       const Values out = load(params.out);
       const Values dout = load(params.dout);
@@ -47,8 +60,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
     if (lane == 0) {
       float lse = INFINITY;
-      if (live) {
-        lse = params.lse[local * params.lse_row + head] * 1.4426950408889634f;
+      if (place.live) {
+        lse = params.lse[place.local * params.lse_row + place.head] * 1.4426950408889634f;
         if (lse == -INFINITY) lse = INFINITY;
       }
       params.lse_log2[padded + row] = lse;
@@ -62,28 +75,30 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-/// One block a tile and head. A tile's sums lie as a warp group of the backward kernel holds them
-/// (backward.cuh), 64 columns after 64 columns: for every 8 of these, four values of each of 128
-/// threads, columns c, c + 1 of row r and of row r + 8. A thread here takes 8 columns of two rows.
+/// One block a tile and the heads that share it. A tile's sums lie as a warp group of the backward
+/// kernel holds them (backward.cuh), 64 columns after 64 columns: for every 8 of these, four values
+/// of each of 128 threads, columns c, c + 1 of row r and of row r + 8. A thread here takes 8
+/// columns of two rows.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     after_kernel(const __grid_constant__ PassParams params) {
   constexpr int kColumnPacks = kWidth / kPack;
   constexpr int kRowPairs = kThreads / kColumnPacks;
   const auto tile = static_cast<std::int64_t>(blockIdx.x);
-  const int head = static_cast<int>(blockIdx.y);
+  const int plane = static_cast<int>(blockIdx.y);
   const Span span = params.spans[params.tile_span[tile]];
-  const int first = static_cast<int>(tile - span.tile_begin) * kQueryTile;
   const int column = static_cast<int>(threadIdx.x) % kColumnPacks;
-  const auto* sums = reinterpret_cast<const float4*>(params.dq_sums + (head * params.tiles + tile) *
-                                                                          kQueryTile * kWidth);
+  const auto* sums = reinterpret_cast<const float4*>(
+      params.dq_sums + (plane * params.tiles + tile) * kQueryTile * kWidth);
 #pragma unroll
   for (int pass = 0; pass < kQueryTile / 2 / kRowPairs; ++pass) {
     const int pair = pass * kRowPairs + static_cast<int>(threadIdx.x) / kColumnPacks;
     // A warp holds 16 rows: r and r + 8 in its lanes 4 x (r % 8) and on.
     const int row = pair / 8 * 16 + pair % 8;
     const float4* from = sums + column / 8 * 1024 + column % 8 * 128 + pair / 8 * 32 + pair % 8 * 4;
-    if (first + row >= span.q_count) continue;
+    const RowPlace places[] = {place_of(params, span, tile, plane, row),
+                               place_of(params, span, tile, plane, row + 8)};
+    if (!places[0].live) continue;
     Pack<T, kPack> upper;
     Pack<T, kPack> lower;
 #pragma unroll
@@ -95,18 +110,21 @@ __global__ void __launch_bounds__(kThreads)
       lower.values[2 * quad + 1] = from_float<T>(values.w * params.scale);
     }
     if (column * kPack >= params.head_dim) continue;
-    T* target = static_cast<T*>(params.dq.data) + (span.q_begin + first + row) * params.dq.row +
-                head * params.dq.head + column * kPack;
-    *reinterpret_cast<Pack<T, kPack>*>(target) = upper;
-    if (first + row + 8 < span.q_count) {
-      *reinterpret_cast<Pack<T, kPack>*>(target + 8 * params.dq.row) = lower;
-    }
+    const auto store = [&](const RowPlace& place, const Pack<T, kPack>& values) {
+      if (!place.live) return;
+      T* target = static_cast<T*>(params.dq.data) + place.local * params.dq.row +
+                  place.head * params.dq.head + column * kPack;
+      *reinterpret_cast<Pack<T, kPack>*>(target) = values;
+    };
+    store(places[0], upper);
+    store(places[1], lower);
   }
 }
 
 template <typename Kernel>
 void launch(Kernel kernel, const PassParams& params, const char* name, void* stream) {
-  const dim3 grid(static_cast<unsigned>(params.tiles), static_cast<unsigned>(params.heads));
+  const dim3 grid(static_cast<unsigned>(params.tiles),
+                  static_cast<unsigned>(params.heads >> params.tile_heads_log2));
   kernel<<<grid, kThreads, 0, as_stream(stream)>>>(params);
   check_launch(name);
 }

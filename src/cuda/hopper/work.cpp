@@ -85,24 +85,56 @@ int64_t position_of(const Span& span, int64_t row) {
   return row < span.q_early ? span.early_position + row : span.late_position + row - span.q_early;
 }
 
-/// The tiles of queries that see any of the unit's keys, and those that need no mask.
-void set_tiles(BackwardUnit& unit, const Span& span, const Reach& reach) {
+/// The tiles of `tokens` rows that see any of the unit's keys, and those that need no mask.
+void set_tiles(BackwardUnit& unit, const Span& span, const Reach& reach, int64_t tokens) {
   const int64_t last_key = unit.k_position + unit.k_count - 1;
   const int64_t begin = first_row(span, int64_t{unit.k_position} - reach.right);
   const int64_t end = first_row(span, last_key + reach.left + 1);
-  unit.first_tile = narrow(begin / kQueryTile);
-  unit.end_tile = std::max(unit.first_tile, narrow((end + kQueryTile - 1) / kQueryTile));
+  unit.first_tile = narrow(begin / tokens);
+  unit.end_tile = std::max(unit.first_tile, narrow((end + tokens - 1) / tokens));
   if (begin >= end) unit.end_tile = unit.first_tile;
   unit.first_full = unit.end_full = unit.first_tile;
   if (unit.k_count < kKeyTile) return;
   const int64_t full_begin = first_row(span, last_key - reach.right);
   const int64_t full_end = first_row(span, int64_t{unit.k_position} + reach.left + 1);
-  unit.first_full = std::max(unit.first_tile, narrow((full_begin + kQueryTile - 1) / kQueryTile));
-  unit.end_full = std::max(unit.first_full, narrow(full_end / kQueryTile));
+  unit.first_full = std::max(unit.first_tile, narrow((full_begin + tokens - 1) / tokens));
+  unit.end_full = std::max(unit.first_full, narrow(full_end / tokens));
 }
 
 int64_t weight(const BackwardUnit& unit) {
   return static_cast<int64_t>(unit.end_tile - unit.first_tile) * unit.heads;
+}
+
+/// How many of `heads` heads a tile has: the power of 2 that makes the fewest tiles.
+std::int32_t backward_tile_heads(std::vector<BackwardUnit> blocks, const std::vector<Span>& spans,
+                                 const Reach& reach, int64_t heads) {
+  std::int32_t best = 1;
+  int64_t fewest = 0;
+  for (std::int32_t tile_heads = 1; tile_heads <= kMaxTileHeads; tile_heads *= 2) {
+    if (heads % tile_heads != 0) break;
+    int64_t tiles = 0;
+    for (BackwardUnit& block : blocks) {
+      set_tiles(block, spans[static_cast<std::size_t>(block.span)], reach, kQueryTile / tile_heads);
+      tiles += block.end_tile - block.first_tile;
+    }
+    tiles *= heads / tile_heads;
+    if (tile_heads > 1 && tiles >= fewest) continue;
+    fewest = tiles;
+    best = tile_heads;
+  }
+  return best;
+}
+
+void count_tiles(BackwardWork& work) {
+  const int64_t tokens = work.tile_tokens();
+  int64_t tiles = 0;
+  for (std::size_t i = 0; i < work.spans.spans.size(); ++i) {
+    Span& span = work.spans.spans[i];
+    span.tile_begin = narrow(tiles);
+    tiles += (span.q_count + tokens - 1) / tokens;
+    work.tile_span.resize(static_cast<std::size_t>(tiles), static_cast<std::int32_t>(i));
+  }
+  narrow(tiles);
 }
 
 /// The smallest number of splits of a group of `group` query heads that leaves no unit longer than
@@ -167,7 +199,7 @@ ForwardUnit make_unit(const Span& span, const Reach& reach, int64_t row, int64_t
 
 /// How many of a group's heads a tile has: the divisor of `group` that makes the fewest blocks of
 /// keys in all tiles, each of which costs about one more.
-std::int32_t choose_tile_heads(const std::vector<Span>& spans, const Reach& reach, int64_t group) {
+std::int32_t forward_tile_heads(const std::vector<Span>& spans, const Reach& reach, int64_t group) {
   std::int32_t best = 1;
   int64_t least = 0;
   for (std::int32_t heads = 1; heads <= std::min<int64_t>(group, kMaxTileHeads); ++heads) {
@@ -238,7 +270,6 @@ Spans make_spans(const AttendArgs& args, bool whole) {
   std::sort(items.begin(), items.end(),
             [](const WorkItem& a, const WorkItem& b) { return a.q_begin < b.q_begin; });
   Spans result;
-  int64_t tiles = 0;
   for (std::size_t i = 0; i < items.size(); ++i) {
     const WorkItem& early = items[i];
     Span span{};
@@ -256,15 +287,9 @@ Spans make_spans(const AttendArgs& args, bool whole) {
       // Both see the document from its start.
       span.k_count = narrow(std::max(early.k_count, late.k_count));
     }
-    span.tile_begin = narrow(tiles);
     result.spans.push_back(span);
     result.documents.push_back(early.document);
-    const int64_t end = tiles + (span.q_count + kQueryTile - 1) / kQueryTile;
-    for (; tiles < end; ++tiles) {
-      result.tile_span.push_back(static_cast<std::int32_t>(result.spans.size()) - 1);
-    }
   }
-  narrow(tiles);
   return result;
 }
 
@@ -273,7 +298,7 @@ ForwardWork make_forward_work(const AttendArgs& args, bool own_rows) {
   const Reach reach = reach_of(args.mask);
   // Early and late rows share tiles where both see the document from its start.
   work.spans = make_spans(args, launches_express(args.mask));
-  work.tile_heads = choose_tile_heads(work.spans.spans, reach, args.q.shape[1] / args.k.shape[1]);
+  work.tile_heads = forward_tile_heads(work.spans.spans, reach, args.q.shape[1] / args.k.shape[1]);
   for (std::size_t i = 0; i < work.spans.spans.size(); ++i) {
     const Span& span = work.spans.spans[i];
     const std::vector<KeyRun> own = own_rows ? own_blocks(span) : std::vector<KeyRun>{};
@@ -404,7 +429,7 @@ BackwardWork make_backward_work(const AttendArgs& args, bool own_rows, int proce
         unit.k_count = narrow(std::min<int64_t>(kKeyTile, keys.end - at));
         unit.k_position = narrow(at);
         unit.dk_row = narrow(keys.dk_row + at - keys.begin);
-        set_tiles(unit, span, reach);
+        set_tiles(unit, span, reach, kQueryTile);
         unit.heads = 1;
         blocks.push_back(unit);
         owners.push_back(keys.owner);
@@ -413,6 +438,12 @@ BackwardWork make_backward_work(const AttendArgs& args, bool own_rows, int proce
   }
   work.splits = choose_splits(blocks, kv_heads, group, processors);
   const int64_t heads = group / work.splits;
+  work.tile_heads = backward_tile_heads(blocks, work.spans.spans, reach, heads);
+  count_tiles(work);
+  for (BackwardUnit& block : blocks) {
+    set_tiles(block, work.spans.spans[static_cast<std::size_t>(block.span)], reach,
+              work.tile_tokens());
+  }
   for (std::size_t i = 0; i < blocks.size(); ++i) {
     for (int64_t head = 0; head < kv_heads * work.splits; ++head) {
       BackwardUnit unit = blocks[i];

@@ -10,13 +10,10 @@
 
 namespace zigzag::cuda::hopper {
 
-/// A rank's documents as the kernels see them. Tiles of kQueryTile query rows are counted through
-/// all documents, each of which starts one.
+/// A rank's documents as the kernels see them.
 struct Spans {
   std::vector<Span> spans;
-  std::vector<std::int32_t> tile_span;  // the span of each tile
   std::vector<std::int64_t> documents;  // of each span
-  std::int64_t tiles() const { return static_cast<std::int64_t>(tile_span.size()); }
 };
 
 /// `whole`: a span a document; otherwise one a work item, with the keys that its rows may see.
@@ -57,9 +54,16 @@ struct FetchWork {
 FetchWork make_fetch_work(const AttendArgs& args, const Spans& spans,
                           std::span<const std::vector<Segment>> receives, std::int64_t row_bytes);
 
-/// A backward as blocks of keys, heaviest first.
+/// A backward as blocks of keys, heaviest first. Tiles of tile_tokens() rows of a span, each with
+/// tile_heads query heads of one KV head (a power of 2, as makes the least work), are counted
+/// through all spans, each of which starts one.
 struct BackwardWork {
+  std::int32_t tile_tokens() const { return kQueryTile / tile_heads; }
+  std::int64_t tiles() const { return static_cast<std::int64_t>(tile_span.size()); }
+
   Spans spans;
+  std::vector<std::int32_t> tile_span;  // the span of each tile
+  std::int32_t tile_heads = 1;
   // Keys of the rank's own late chunks, where `own_rows` asks: work for the time of the gather.
   std::vector<BackwardUnit> early;
   // Keys of other ranks, and those of short chunks.
