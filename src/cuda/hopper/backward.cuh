@@ -90,7 +90,6 @@ __device__ void load_tiles(const BackwardParams& params,
   load_tile<kWidth>(params.k, &shared.keys_full, shared.k, kKeyTile, unit.k_row, unit.kv_head);
   load_tile<kWidth>(params.v, &shared.keys_full, shared.v, kKeyTile, unit.k_row, unit.kv_head);
   int n = 0;
-  const int tile_tokens = kQueries >> params.tile_heads_log2;
   const int first_plane = unit.head >> params.tile_heads_log2;
   const int end_plane = (unit.head + unit.heads) >> params.tile_heads_log2;
   for (int plane = first_plane; plane < end_plane; ++plane) {
@@ -100,7 +99,7 @@ __device__ void load_tiles(const BackwardParams& params,
       const std::int64_t padded = (plane * params.tiles + span.tile_begin + tile) * kQueries;
       constexpr int kBytes = kQueries * kWidth * sizeof(T) + kQueries * sizeof(float);
       constexpr int kTile = kQueries * kWidth;
-      const int row = span.q_begin + tile * tile_tokens;
+      const int row = span.q_begin + (tile * kQueries >> params.tile_heads_log2);
       const int head = plane << params.tile_heads_log2;
       Barrier::wait(&shared.q_empty[stage], phase);
       Barrier::arrive_and_expect_tx(&shared.q_full[stage], kBytes);
@@ -187,7 +186,9 @@ __device__ void compute(const BackwardParams& params,
   const int tiles = unit.end_tile - unit.first_tile;
   const int total = uniform((unit.heads >> params.tile_heads_log2) * tiles);
   int tile = unit.first_tile;
-  int plane = unit.head >> params.tile_heads_log2;  // of heads that share tiles
+  // The tile in the padded order.
+  int padded = static_cast<int>((unit.head >> params.tile_heads_log2) * params.tiles) +
+               span.tile_begin + unit.first_tile;
   for (int n = 0; n < total; ++n) {
     const int stage = uniform(n % kStages);
     Barrier::wait(&shared.q_full[stage], static_cast<std::uint32_t>(n / kStages) % 2);
@@ -197,9 +198,8 @@ __device__ void compute(const BackwardParams& params,
     const bool masked = __any_sync(0xffffffffu, tile < unit.first_full || tile >= unit.end_full);
     // Rows behind the document's last belong to others and may hold anything. Scores that are being
     // made of them are not used.
-    const int tile_tokens = kQueries >> params.tile_heads_log2;
     const int live =
-        uniform(masked ? (span.q_count - tile * tile_tokens) << params.tile_heads_log2 : kQueries);
+        uniform(masked ? (span.q_count << params.tile_heads_log2) - tile * kQueries : kQueries);
     if (live < kQueries) {
       clear_rows<kQueries, kWidth, 128>(shared.q + stage * (kQueries * kWidth), live, in_group);
       clear_rows<kQueries, kWidth, 128>(shared.dout + stage * (kQueries * kWidth), live, in_group);
@@ -232,8 +232,8 @@ __device__ void compute(const BackwardParams& params,
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
           const int query = 8 * c + column + x;
-          const int token = query >> params.tile_heads_log2;
-          const int at = position_of(span, tile * tile_tokens + token) - unit.k_position;
+          const int row = (tile * kQueries + query) >> params.tile_heads_log2;
+          const int at = position_of(span, row) - unit.k_position;
           const int from = at - params.left;
           const int to = query < live ? min(unit.k_count - 1, at + params.right) : -1;
 #pragma unroll
@@ -289,8 +289,7 @@ __device__ void compute(const BackwardParams& params,
     warpgroup_wait<1>();
     warpgroup_fence_operand(dq);
     Barrier::arrive(&shared.dout_empty[stage]);
-    float* const sums = params.dq +
-                        (plane * params.tiles + span.tile_begin + tile) * (kQueries * kWidth) +
+    float* const sums = params.dq + std::int64_t{padded} * (kQueries * kWidth) +
                         (Types::kShareKeys ? group * (kQueries * 64) : 0);
     // Put away in the order of fragments: each thread writes 16 bytes beside its neighbour's.
     float* const staged = shared.dq + group * (kQueries * 64);
@@ -307,9 +306,10 @@ __device__ void compute(const BackwardParams& params,
     if (in_group == 0) bulk_add(sums, staged, kQueries * 64 * static_cast<int>(sizeof(float)));
     warpgroup_wait<0>();
     Barrier::arrive(&shared.q_empty[stage]);
+    ++padded;
     if (++tile == unit.end_tile) {
       tile = unit.first_tile;
-      ++plane;
+      padded += static_cast<int>(params.tiles) - tiles;
     }
   }
   warpgroup_wait<0>();

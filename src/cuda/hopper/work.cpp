@@ -105,11 +105,13 @@ int64_t weight(const BackwardUnit& unit) {
   return static_cast<int64_t>(unit.end_tile - unit.first_tile) * unit.heads;
 }
 
-/// How many of `heads` heads a tile has: the power of 2 that makes the fewest tiles.
+/// How many of `heads` heads a tile has: the power of 2 that makes the fewest tiles. Where that
+/// saves little each head has tiles of its own, whose queries lie closer together.
 std::int32_t backward_tile_heads(std::vector<BackwardUnit> blocks, const std::vector<Span>& spans,
                                  const Reach& reach, int64_t heads) {
   std::int32_t best = 1;
   int64_t fewest = 0;
+  int64_t alone = 0;
   for (std::int32_t tile_heads = 1; tile_heads <= kMaxTileHeads; tile_heads *= 2) {
     if (heads % tile_heads != 0) break;
     int64_t tiles = 0;
@@ -118,11 +120,12 @@ std::int32_t backward_tile_heads(std::vector<BackwardUnit> blocks, const std::ve
       tiles += block.end_tile - block.first_tile;
     }
     tiles *= heads / tile_heads;
+    if (tile_heads == 1) alone = tiles;
     if (tile_heads > 1 && tiles >= fewest) continue;
     fewest = tiles;
     best = tile_heads;
   }
-  return best;
+  return 100 * fewest > 97 * alone ? 1 : best;
 }
 
 void count_tiles(BackwardWork& work) {
