@@ -128,6 +128,23 @@ TEST_F(GpuAttention, OneRankHeadGroups) {
   }
 }
 
+/// Packs in which query heads share tiles on a GPU of 132 multiprocessors
+/// (HopperWork.HeadsOfATileOnAGpu), backward and forward.
+TEST_F(GpuAttention, HeadsShareTiles) {
+  const std::vector<int64_t> short_ones(140, 33);
+  const std::vector<int64_t> longer_ones(40, 70);
+  for (const int64_t world_size : {1, 2, 4}) {
+    check(make_problem(short_ones, 16, 1, 64, DType::kBFloat16), ranks(world_size));
+    check(make_problem(longer_ones, 32, 2, 128, DType::kBFloat16), ranks(world_size));
+  }
+  check(make_problem(short_ones, 8, 2, 128, DType::kFloat16), ranks(1));
+  check(make_problem(short_ones, 12, 2, 128, DType::kBFloat16), ranks(2));
+  check(make_problem(short_ones, 7, 1, 128, DType::kBFloat16), ranks(1));
+  check(make_problem(short_ones, 16, 1, 128, DType::kBFloat16, {true, 20, -1}), ranks(1));
+  check(make_problem(short_ones, 16, 1, 64, DType::kBFloat16, {false, 5, 9}), ranks(2));
+  check(make_problem(short_ones, 16, 1, 128, DType::kBFloat16, {}, 2.0), ranks(2));
+}
+
 TEST_F(GpuAttention, OneRankMasks) {
   const Mask masks[] = {{false, -1, -1}, {true, 50, -1}, {false, 40, 30}, {false, -1, 10}};
   for (const Mask& mask : masks) {
@@ -295,6 +312,10 @@ TEST_F(GpuAttention, LargePackAgreesWithOwnKernels) {
 /// Partial gradients long enough to be fetched while attention goes on, at W = 2 and 4.
 TEST_F(GpuAttention, LongDocumentAgreesWithOwnKernels) {
   check_large(make_problem({16384}, 8, 4, 128, DType::kBFloat16));
+  // Heads share tiles.
+  std::vector<int64_t> mixed(300, 37);
+  mixed.push_back(4096);
+  check_large(make_problem(mixed, 32, 2, 128, DType::kBFloat16));
 }
 
 }  // namespace

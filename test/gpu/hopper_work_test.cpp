@@ -3,6 +3,7 @@
 // query row collects the runs of keys that it meets, which must be what it sees, once.
 #include <algorithm>
 #include <random>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -154,12 +155,12 @@ void follow(const ForwardUnit& unit, int tile_tokens, const Span& span, const Re
 
 /// The blocks of a unit, each once and the last of them first, and where their keys are read.
 /// `fetched`: of each gathered row, whether it is there.
-void check_runs(const ForwardUnit& unit, const Span& span, int64_t document, const Layout& layout,
-                const std::vector<int>& fetched) {
+void check_runs(const ForwardUnit& unit, std::span<const KeyRun> runs, const Span& span,
+                int64_t document, const Layout& layout, const std::vector<int>& fetched) {
   const int end_block = (unit.end_key + kKeyTile - 1) / kKeyTile;
   std::vector<int> met(static_cast<std::size_t>(end_block));
   int count = 0;
-  for (const KeyRun& run : unit.runs) {
+  for (const KeyRun& run : runs) {
     for (int block = run.end - 1; block >= run.begin; --block, ++count) {
       if (count == 0) {
         ASSERT_EQ(block, end_block - 1);
@@ -240,8 +241,11 @@ void check_forward(const AttendArgs& args, const Layout& layout, bool own_rows) 
     const Span& span = work.spans.spans.at(static_cast<std::size_t>(unit.span));
     ASSERT_NO_FATAL_FAILURE(
         follow(unit, work.tile_tokens(), span, reach_of(args.mask), written, seen));
-    ASSERT_NO_FATAL_FAILURE(check_runs(
-        unit, span, work.spans.documents.at(static_cast<std::size_t>(unit.span)), layout, fetched));
+    ASSERT_GT(unit.run_count, 0);
+    const auto runs = std::span(work.runs).subspan(static_cast<std::size_t>(unit.first_run),
+                                                   static_cast<std::size_t>(unit.run_count));
+    const int64_t document = work.spans.documents.at(static_cast<std::size_t>(unit.span));
+    ASSERT_NO_FATAL_FAILURE(check_runs(unit, runs, span, document, layout, fetched));
     ASSERT_LE(unit.end_key - unit.first_block * kKeyTile, weight) << "heaviest first";
     weight = unit.end_key - unit.first_block * kKeyTile;
   }
@@ -305,6 +309,7 @@ void check_backward(const AttendArgs& args, const Layout& layout, bool own_rows,
   const BackwardWork work = make_backward_work(args, own_rows, processors);
   ASSERT_NO_FATAL_FAILURE(check_spans(work.spans, layout));
   ASSERT_NO_FATAL_FAILURE(check_tiles(work));
+  ASSERT_LE(work.tile_heads, kMaxTileHeads);
   ASSERT_EQ(work.tile_heads & (work.tile_heads - 1), 0) << "the kernel shifts by its logarithm";
   if (!own_rows) {
     EXPECT_TRUE(work.early.empty());
@@ -501,6 +506,31 @@ TEST(HopperWork, HeadsOfATile) {
     EXPECT_EQ(work.tile_tokens(), kForwardTile / one.forward) << what;
     EXPECT_EQ(backward.tile_heads, one.backward) << what;
     EXPECT_EQ(backward.tile_tokens(), kQueryTile / one.backward) << what;
+  }
+}
+
+/// The packs of GpuAttention.HeadsShareTiles make the kernels go where heads share tiles.
+TEST(HopperWork, HeadsOfATileOnAGpu) {
+  const std::vector<int64_t> short_ones(140, 33);
+  const std::vector<int64_t> longer_ones(40, 70);
+  std::vector<int64_t> mixed(300, 37);
+  mixed.push_back(4096);
+  struct Case {
+    std::vector<int64_t> lengths;
+    int64_t heads, kv_heads, world_size;
+    std::int32_t forward, backward;
+  };
+  const std::vector<Case> cases = {{short_ones, 16, 1, 2, 16, 8},  {short_ones, 8, 2, 1, 2, 4},
+                                   {short_ones, 12, 2, 2, 6, 2},   {short_ones, 7, 1, 1, 7, 1},
+                                   {longer_ones, 32, 2, 2, 16, 8}, {mixed, 32, 2, 2, 16, 2}};
+  for (const Case& one : cases) {
+    const Plan plan = Plan::from_lengths(one.lengths, one.world_size);
+    check_rank(plan, one.world_size - 1, Mask{}, {{one.heads, one.kv_heads, 132}});
+    const Call call(plan, one.world_size - 1, Mask{}, {one.heads, one.kv_heads, 132});
+    const BackwardWork backward = make_backward_work(call.args, true, 132);
+    EXPECT_EQ(make_forward_work(call.args, true).tile_heads, one.forward) << one.heads;
+    EXPECT_EQ(backward.tile_heads, one.backward) << one.heads;
+    EXPECT_EQ(backward.early.empty(), one.lengths.back() < 4096);
   }
 }
 

@@ -125,15 +125,15 @@ __device__ __forceinline__ void clear_rows(T* tile, int first, int thread) {
   }
 }
 
-/// Loads a box of `rows` rows, 64 columns a copy; `barrier` is told the bytes. `x` and `y` are the
-/// map's second and third coordinate.
+/// Loads a box, 64 columns a copy, `pitch` rows apart; `barrier` is told the bytes. `x` and `y` are
+/// the map's second and third coordinate.
 template <int kWidth, typename T>
 __device__ __forceinline__ void load_tile(const CUtensorMap& map, std::uint64_t* barrier, T* tile,
-                                          int rows, int x, int y) {
+                                          int pitch, int x, int y) {
   constexpr auto kHint = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
 #pragma unroll
   for (int part = 0; part < kWidth / 64; ++part) {
-    cute::SM90_TMA_LOAD_3D::copy(&map, barrier, kHint, tile + part * rows * 64, part * 64, x, y);
+    cute::SM90_TMA_LOAD_3D::copy(&map, barrier, kHint, tile + part * pitch * 64, part * 64, x, y);
   }
 }
 

@@ -126,10 +126,11 @@ Rows rows_of(const TensorView& view) { return {view.data, view.strides[0], view.
 
 /// A pack's tables in one run of bytes.
 struct ForwardPack {
-  ForwardWork work;
+  ForwardWork work;  // without its units and runs, which are in the bytes
   FetchWork fetch;
   std::vector<std::byte> bytes;
-  std::size_t units_at = 0, pieces_at = 0, wanted_at = 0;  // spans stand first
+  std::size_t units_at = 0, runs_at = 0, pieces_at = 0, wanted_at = 0;  // spans stand first
+  int64_t units = 0;
 };
 
 struct BackwardPack {
@@ -250,11 +251,15 @@ bool forward(const AttendArgs& args, const OpenGather* open, void* stream_pointe
     fresh.work = make_forward_work(args, open != nullptr);
     append_bytes(fresh.bytes, fresh.work.spans.spans);
     fresh.units_at = append_bytes(fresh.bytes, fresh.work.units);
+    fresh.runs_at = append_bytes(fresh.bytes, fresh.work.runs);
+    fresh.units = std::ssize(fresh.work.units);
     if (open != nullptr) {
       fresh.fetch = make_fetch_work(args, fresh.work.spans, open->receives, args.k.row_bytes());
       fresh.pieces_at = append_bytes(fresh.bytes, fresh.fetch.pieces);
       fresh.wanted_at = append_bytes(fresh.bytes, fresh.fetch.wanted);
     }
+    fresh.work.units = {};
+    fresh.work.runs = {};
     return fresh;
   });
   const cudaStream_t stream = as_stream(stream_pointer);
@@ -271,7 +276,7 @@ bool forward(const AttendArgs& args, const OpenGather* open, void* stream_pointe
   const int64_t heads = args.q.shape[1];
   const int64_t group = heads / args.k.shape[1];
   const int64_t tile_heads = pack->work.tile_heads;
-  const int64_t tiles = std::ssize(pack->work.units) * (heads / tile_heads);
+  const int64_t tiles = pack->units * (heads / tile_heads);
   if (tiles > std::numeric_limits<int>::max() / 2) {
     throw DeviceError("the attention has too many tiles for one launch");
   }
@@ -281,7 +286,8 @@ bool forward(const AttendArgs& args, const OpenGather* open, void* stream_pointe
   params.v = make_tensor_map(args.v, kKeyTile);
   params.spans = table.as<Span>();
   params.units = reinterpret_cast<const ForwardUnit*>(table.as<std::byte>() + pack->units_at);
-  params.unit_count = static_cast<int>(pack->work.units.size());
+  params.runs = reinterpret_cast<const KeyRun*>(table.as<std::byte>() + pack->runs_at);
+  params.unit_count = static_cast<int>(pack->units);
   params.tiles = static_cast<int>(tiles);
   params.section = static_cast<int>(section_of(args) * (group / tile_heads));
   params.tile_tokens = pack->work.tile_tokens();
@@ -296,7 +302,6 @@ bool forward(const AttendArgs& args, const OpenGather* open, void* stream_pointe
   params.out = rows_of(args.out);
   params.lse = args.lse.as<float>();
   params.lse_row = args.lse.strides[0];
-  params.heads = static_cast<int>(heads);
   params.group = static_cast<int>(group);
   params.head_dim = static_cast<int>(args.q.shape[2]);
   set_scores(params, args);

@@ -52,6 +52,7 @@ struct Forward {
 struct ForwardTile {
   Span span;
   const KeyRun* runs;
+  int run_count;
   int head;       // the first
   int first_row;  // of the span
   int live;       // rows of the tile that are the span's
@@ -63,7 +64,8 @@ __device__ __forceinline__ ForwardTile tile_of(const ForwardParams& params, int 
   const ForwardUnit& unit = params.units[in_section / params.section];
   ForwardTile tile;
   tile.span = params.spans[unit.span];
-  tile.runs = unit.runs;
+  tile.runs = params.runs + unit.first_run;
+  tile.run_count = unit.run_count;
   tile.head = params.tile_heads * (number / (params.unit_count * params.section) * params.section +
                                    in_section % params.section);
   tile.first_row = unit.first_row;
@@ -108,7 +110,7 @@ __device__ void load_forward(const ForwardParams& params,
       give(before_own ? params.own_v : params.v, shared.v_full, shared.v_empty, shared.v, n - 1,
            before_row, kv_head);
     };
-    for (int r = 0; r < kKeyRuns; ++r) {
+    for (int r = 0; r < tile.run_count; ++r) {
       const KeyRun run = tile.runs[r];
       for (int block = run.end - 1; block >= run.begin; --block, ++n) {
         const int row = run.row + block * kKeyTile;
@@ -368,6 +370,12 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       Barrier::init(&shared.work_empty[slot], kReaders);
     }
     cutlass::arch::fence_barrier_init();
+  }
+  // Rows that no tile of these has: a NaN left there would be waited for at every block of keys.
+  const int rows = params.tile_tokens * params.tile_heads;
+  if (rows < kForwardTile) {
+    clear_rows<kForwardTile, kWidth, kBlockThreads>(shared.q, rows, static_cast<int>(threadIdx.x));
+    cutlass::arch::fence_view_async_shared();
   }
   __syncthreads();
   if (threadIdx.x < kBlockThreads - kComputeThreads) {

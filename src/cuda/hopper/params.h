@@ -46,7 +46,6 @@ struct KeyRun {
   std::int32_t row;
   std::int32_t own;
 };
-constexpr int kKeyRuns = 6;
 
 /// Tokens whose tiles see no keys but those from the span's block `first_block` of keys on and
 /// before its key `end_key`.
@@ -55,9 +54,10 @@ struct ForwardUnit {
   std::int32_t first_row;  // of the span
   std::int32_t first_block;
   std::int32_t end_key;
-  // These blocks in the order in which they are worked on, each run from its end down; the last
-  // block of all comes first. Runs that are not needed are empty.
-  KeyRun runs[kKeyRuns];
+  // Runs of these blocks in the order in which they are worked on, each from its end down; the last
+  // block of all comes first.
+  std::int32_t first_run;
+  std::int32_t run_count;
 };
 
 /// Rows of K and of V that are fetched by one copy each. They lie in one block of kKeyTile gathered
@@ -123,6 +123,7 @@ struct ForwardParams {
   FetchParams fetch;
   const Span* spans;
   const ForwardUnit* units;
+  const KeyRun* runs;
   int unit_count;
   int tiles;    // units x heads / tile_heads
   int section;  // tiles of a unit that are numbered unit after unit before its others are
@@ -133,7 +134,6 @@ struct ForwardParams {
   Rows out;           // [local, heads, head_dim]
   float* lse;         // [local, heads]
   std::int64_t lse_row;
-  int heads;
   int group;  // query heads of a KV head
   int head_dim;
   float scale_log2;  // (scale or, with a softcap, softcap) x log2(e), positive

@@ -105,23 +105,29 @@ int64_t weight(const BackwardUnit& unit) {
   return static_cast<int64_t>(unit.end_tile - unit.first_tile) * unit.heads;
 }
 
+/// Gives blocks of keys their tiles of `tokens` rows; the number of tiles of all.
+int64_t set_all_tiles(std::vector<BackwardUnit>& blocks, const std::vector<Span>& spans,
+                      const Reach& reach, int64_t tokens) {
+  int64_t tiles = 0;
+  for (BackwardUnit& block : blocks) {
+    set_tiles(block, spans[static_cast<std::size_t>(block.span)], reach, tokens);
+    tiles += block.end_tile - block.first_tile;
+  }
+  return tiles;
+}
+
 /// How many of `heads` heads a tile has: the power of 2 that makes the fewest tiles. Where that
-/// saves little each head has tiles of its own, whose queries lie closer together.
-std::int32_t backward_tile_heads(std::vector<BackwardUnit> blocks, const std::vector<Span>& spans,
+/// saves less than 3% no heads share tiles: it gained nothing (docs/performance.md).
+std::int32_t backward_tile_heads(std::vector<BackwardUnit>& blocks, const std::vector<Span>& spans,
                                  const Reach& reach, int64_t heads) {
   std::int32_t best = 1;
-  int64_t fewest = 0;
-  int64_t alone = 0;
-  for (std::int32_t tile_heads = 1; tile_heads <= kMaxTileHeads; tile_heads *= 2) {
+  const int64_t alone = heads * set_all_tiles(blocks, spans, reach, kQueryTile);
+  int64_t fewest = alone;
+  for (std::int32_t tile_heads = 2; tile_heads <= kMaxTileHeads; tile_heads *= 2) {
     if (heads % tile_heads != 0) break;
-    int64_t tiles = 0;
-    for (BackwardUnit& block : blocks) {
-      set_tiles(block, spans[static_cast<std::size_t>(block.span)], reach, kQueryTile / tile_heads);
-      tiles += block.end_tile - block.first_tile;
-    }
-    tiles *= heads / tile_heads;
-    if (tile_heads == 1) alone = tiles;
-    if (tile_heads > 1 && tiles >= fewest) continue;
+    const int64_t tiles =
+        heads / tile_heads * set_all_tiles(blocks, spans, reach, kQueryTile / tile_heads);
+    if (tiles >= fewest) continue;
     fewest = tiles;
     best = tile_heads;
   }
@@ -141,22 +147,19 @@ void count_tiles(BackwardWork& work) {
 }
 
 /// The smallest number of splits of a group of `group` query heads that leaves no unit longer than
-/// an even share of all work.
-int choose_splits(const std::vector<BackwardUnit>& blocks, int64_t kv_heads, int64_t group,
-                  int processors) {
-  int64_t longest = 0;
-  int64_t total = 0;
-  for (const BackwardUnit& block : blocks) {
-    longest = std::max(longest, weight(block));
-    total += weight(block);
-  }
-  int64_t most = 1;
+/// an even share of all work, and the heads of a tile, for which the blocks get their tiles.
+void choose_splits(BackwardWork& work, std::vector<BackwardUnit>& blocks, const Reach& reach,
+                   int64_t kv_heads, int64_t group, int processors) {
+  const std::vector<Span>& spans = work.spans.spans;
   for (int64_t splits = 1; splits <= std::min<int64_t>(group, kMaxSumSources); ++splits) {
     if (group % splits != 0) continue;
-    most = splits;
-    if (longest * (group / splits) * processors <= total * group * kv_heads) break;
+    work.splits = static_cast<int>(splits);
+    work.tile_heads = backward_tile_heads(blocks, spans, reach, group / splits);
+    const int64_t total = set_all_tiles(blocks, spans, reach, work.tile_tokens());
+    int64_t longest = 0;
+    for (const BackwardUnit& block : blocks) longest = std::max(longest, weight(block));
+    if (longest * processors <= total * splits * kv_heads) break;
   }
-  return static_cast<int>(most);
 }
 
 /// The blocks of a span's keys that are the rank's own as a whole, those of the late rows first.
@@ -188,6 +191,10 @@ std::vector<KeyRun> own_blocks(const Span& span) {
   return runs;
 }
 
+int64_t weight(const ForwardUnit& unit) {
+  return int64_t{unit.end_key} - int64_t{unit.first_block} * kKeyTile;
+}
+
 /// The unit of `tokens` rows of a span from `row` on, without its span's number and its runs.
 ForwardUnit make_unit(const Span& span, const Reach& reach, int64_t row, int64_t tokens) {
   const int64_t last = std::min<int64_t>(span.q_count, row + tokens) - 1;
@@ -201,10 +208,10 @@ ForwardUnit make_unit(const Span& span, const Reach& reach, int64_t row, int64_t
 }
 
 /// How many of a group's heads a tile has: the divisor of `group` that makes the fewest blocks of
-/// keys in all tiles, each of which costs about one more.
+/// keys in all tiles, each of which costs about one more; the smallest of those within 1% of it,
+/// since more heads make more units.
 std::int32_t forward_tile_heads(const std::vector<Span>& spans, const Reach& reach, int64_t group) {
-  std::int32_t best = 1;
-  int64_t least = 0;
+  std::vector<std::pair<int64_t, std::int32_t>> costs;
   for (std::int32_t heads = 1; heads <= std::min<int64_t>(group, kMaxTileHeads); ++heads) {
     if (group % heads != 0) continue;
     const int64_t tokens = kForwardTile / heads;
@@ -215,22 +222,25 @@ std::int32_t forward_tile_heads(const std::vector<Span>& spans, const Reach& rea
         blocks += (unit.end_key + kKeyTile - 1) / kKeyTile - unit.first_block + 1;
       }
     }
-    blocks *= group / heads;
-    if (heads > 1 && blocks >= least) continue;
-    least = blocks;
-    best = heads;
+    costs.emplace_back(blocks * (group / heads), heads);
   }
-  return best;
+  const int64_t least = std::min_element(costs.begin(), costs.end())->first;
+  return std::find_if(costs.begin(), costs.end(),
+                      [&](const auto& cost) { return 100 * cost.first <= 101 * least; })
+      ->second;
 }
 
 /// Gives a unit its blocks [first_block, end_block): the last, the rank's own, and the others.
-void set_runs(ForwardUnit& unit, const Span& span, const std::vector<KeyRun>& own) {
+void set_runs(ForwardUnit& unit, const Span& span, const std::vector<KeyRun>& own,
+              std::vector<KeyRun>& runs) {
   const std::int32_t end_block = narrow((int64_t{unit.end_key} + kKeyTile - 1) / kKeyTile);
-  int count = 0;
+  unit.first_run = narrow(std::ssize(runs));
   const auto add = [&](const KeyRun& run, std::int32_t begin, std::int32_t end) {
     begin = std::max(begin, run.begin);
     end = std::min(end, run.end);
-    if (begin < end) unit.runs[count++] = {begin, end, run.row, run.own};
+    if (begin >= end) return;
+    runs.push_back({begin, end, run.row, run.own});
+    ++unit.run_count;
   };
   const KeyRun all{unit.first_block, end_block, span.k_begin, 0};
   const std::int32_t last = end_block - 1;
@@ -244,7 +254,7 @@ void set_runs(ForwardUnit& unit, const Span& span, const std::vector<KeyRun>& ow
   };
   if (own.empty()) return add(all, unit.first_block, end_block);
   for (const KeyRun& run : own) add(run, last, end_block);
-  if (count == 0) add(all, last, end_block);
+  if (unit.run_count == 0) add(all, last, end_block);
   for (const KeyRun& run : own) add(run, unit.first_block, last);
   add_others(unit.first_block, last);
 }
@@ -308,14 +318,13 @@ ForwardWork make_forward_work(const AttendArgs& args, bool own_rows) {
     for (int64_t row = 0; row < span.q_count; row += work.tile_tokens()) {
       ForwardUnit unit = make_unit(span, reach, row, work.tile_tokens());
       unit.span = static_cast<std::int32_t>(i);
-      set_runs(unit, span, own);
+      set_runs(unit, span, own, work.runs);
       work.units.push_back(unit);
     }
   }
   std::stable_sort(
-      work.units.begin(), work.units.end(), [](const ForwardUnit& a, const ForwardUnit& b) {
-        return a.end_key - a.first_block * kKeyTile > b.end_key - b.first_block * kKeyTile;
-      });
+      work.units.begin(), work.units.end(),
+      [](const ForwardUnit& a, const ForwardUnit& b) { return weight(a) > weight(b); });
   return work;
 }
 
@@ -432,21 +441,15 @@ BackwardWork make_backward_work(const AttendArgs& args, bool own_rows, int proce
         unit.k_count = narrow(std::min<int64_t>(kKeyTile, keys.end - at));
         unit.k_position = narrow(at);
         unit.dk_row = narrow(keys.dk_row + at - keys.begin);
-        set_tiles(unit, span, reach, kQueryTile);
         unit.heads = 1;
         blocks.push_back(unit);
         owners.push_back(keys.owner);
       }
     }
   }
-  work.splits = choose_splits(blocks, kv_heads, group, processors);
-  const int64_t heads = group / work.splits;
-  work.tile_heads = backward_tile_heads(blocks, work.spans.spans, reach, heads);
+  choose_splits(work, blocks, reach, kv_heads, group, processors);
   count_tiles(work);
-  for (BackwardUnit& block : blocks) {
-    set_tiles(block, work.spans.spans[static_cast<std::size_t>(block.span)], reach,
-              work.tile_tokens());
-  }
+  const int64_t heads = group / work.splits;
   for (std::size_t i = 0; i < blocks.size(); ++i) {
     for (int64_t head = 0; head < kv_heads * work.splits; ++head) {
       BackwardUnit unit = blocks[i];

@@ -34,6 +34,7 @@ struct ForwardWork {
 
   Spans spans;
   std::vector<ForwardUnit> units;
+  std::vector<KeyRun> runs;  // of the units
   std::int32_t tile_heads = 1;
 };
 
