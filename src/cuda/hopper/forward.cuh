@@ -371,7 +371,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     }
     cutlass::arch::fence_barrier_init();
   }
-  // Rows that no tile of these has: a NaN left there would be waited for at every block of keys.
+  // Rows that no tile has: a NaN left there would have its warp scale out at every block of keys.
   const int rows = params.tile_tokens * params.tile_heads;
   if (rows < kForwardTile) {
     clear_rows<kForwardTile, kWidth, kBlockThreads>(shared.q, rows, static_cast<int>(threadIdx.x));
