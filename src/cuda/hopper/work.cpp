@@ -117,7 +117,7 @@ int64_t set_all_tiles(std::vector<BackwardUnit>& blocks, const std::vector<Span>
 }
 
 /// How many of `heads` heads a tile has: the power of 2 that makes the fewest tiles. Where that
-/// saves less than 3% no heads share tiles: it gained nothing (docs/performance.md).
+/// saves less than 3% no heads share tiles: it gained nothing (session7/variants.txt).
 std::int32_t backward_tile_heads(std::vector<BackwardUnit>& blocks, const std::vector<Span>& spans,
                                  const Reach& reach, int64_t heads) {
   std::int32_t best = 1;
