@@ -87,10 +87,11 @@ for what in "$@"; do
       ;;
     sanitize)
       part memcheck 200 compute-sanitizer --tool memcheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter='GpuLayout.StridedAndUnaligned:GpuAttention.OneRankHeadGroups:GpuAttention.Stages:GpuAttention.PeerRanksManyDocuments'
+      small=GpuAttention.PackedInputs:GpuAttention.HeadsShareTilesOneRank
       # The tensor-core kernels: tensor maps, barriers in shared memory and warp groups that take turns.
-      part memcheck_16 200 env ZIGZAG_GPU_ENGINE=hopper compute-sanitizer --tool memcheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter='GpuAttention.PackedInputs:GpuAttention.HeadsShareTilesOneRank:GpuAttention.PeerRanksBfloat16:GpuAttention.MasksOfWholeTiles'
-      part racecheck_16 200 env ZIGZAG_GPU_ENGINE=hopper compute-sanitizer --tool racecheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter='GpuAttention.PackedInputs:GpuAttention.HeadsShareTilesOneRank'
-      part synccheck_16 100 env ZIGZAG_GPU_ENGINE=hopper compute-sanitizer --tool synccheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter='GpuAttention.PackedInputs:GpuAttention.HeadsShareTilesOneRank'
+      part memcheck_16 200 env ZIGZAG_GPU_ENGINE=hopper compute-sanitizer --tool memcheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter="${small}:GpuAttention.PeerRanksBfloat16:GpuAttention.MasksOfWholeTiles"
+      part racecheck_16 200 env ZIGZAG_GPU_ENGINE=hopper compute-sanitizer --tool racecheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter="${small}"
+      part synccheck_16 100 env ZIGZAG_GPU_ENGINE=hopper compute-sanitizer --tool synccheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter="${small}"
       part racecheck 150 compute-sanitizer --tool racecheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter='GpuAttention.Softcap:GpuAttention.PeerRanksFloat32'
       # Kernels of the library alone: cuDNN's barriers are more than the tool can follow.
       part synccheck 150 compute-sanitizer --tool synccheck --error-exitcode 9 "${carry}/gpu_test" --gtest_filter='GpuAttention.Softcap:GpuAttention.PeerRanksFloat32:GpuLayout.StridedAndUnaligned'

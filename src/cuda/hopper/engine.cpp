@@ -1,7 +1,6 @@
 #include "cuda/hopper/engine.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstddef>
 #include <exception>
 #include <limits>
@@ -371,7 +370,7 @@ PassParams HopperBackward::State::pass_params() const {
   params.tile_span =
       reinterpret_cast<const std::int32_t*>(table.as<std::byte>() + pack->tile_span_at);
   params.tiles = pack->work.tiles();
-  params.tile_heads_log2 = std::countr_zero(static_cast<unsigned>(pack->work.tile_heads));
+  params.tile_heads_log2 = pack->work.tile_heads_log2();
   params.heads = static_cast<int>(heads);
   params.head_dim = static_cast<int>(args.q.shape[2]);
   params.out = rows_of(args.out);
@@ -401,7 +400,7 @@ void HopperBackward::State::run_units(const std::vector<BackwardUnit>& units, st
   params.delta = delta.as<float>();
   params.dq = sums.as<float>();
   params.tiles = pack->work.tiles();
-  params.tile_heads_log2 = std::countr_zero(static_cast<unsigned>(tile_heads));
+  params.tile_heads_log2 = pack->work.tile_heads_log2();
   params.head_dim = static_cast<int>(args.q.shape[2]);
   params.scale = static_cast<float>(args.scale);
   set_scores(params, args);

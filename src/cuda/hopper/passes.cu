@@ -12,7 +12,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPack = 8;  // elements of an access of 16 bytes
 
-/// The row of the shard and the head of a row of a tile of `plane`, whose first token is `first`.
+/// The row of the shard and the head of a row of a tile, whose heads are those of number `plane`.
 struct RowPlace {
   std::int64_t local;
   int head;

@@ -105,33 +105,45 @@ int64_t weight(const BackwardUnit& unit) {
   return static_cast<int64_t>(unit.end_tile - unit.first_tile) * unit.heads;
 }
 
-/// Gives blocks of keys their tiles of `tokens` rows; the number of tiles of all.
-int64_t set_all_tiles(std::vector<BackwardUnit>& blocks, const std::vector<Span>& spans,
-                      const Reach& reach, int64_t tokens) {
-  int64_t tiles = 0;
+/// The tiles that blocks of keys have with one number of heads a tile.
+struct Tiling {
+  std::int32_t heads;
+  int64_t total;    // of all blocks
+  int64_t longest;  // of one
+};
+
+void set_all_tiles(std::vector<BackwardUnit>& blocks, const std::vector<Span>& spans,
+                   const Reach& reach, int64_t tokens) {
   for (BackwardUnit& block : blocks) {
     set_tiles(block, spans[static_cast<std::size_t>(block.span)], reach, tokens);
-    tiles += block.end_tile - block.first_tile;
   }
-  return tiles;
 }
 
-/// How many of `heads` heads a tile has: the power of 2 that makes the fewest tiles. Where that
-/// saves less than 3% no heads share tiles: it gained nothing (session7/variants.txt).
-std::int32_t backward_tile_heads(std::vector<BackwardUnit>& blocks, const std::vector<Span>& spans,
-                                 const Reach& reach, int64_t heads) {
-  std::int32_t best = 1;
-  const int64_t alone = heads * set_all_tiles(blocks, spans, reach, kQueryTile);
-  int64_t fewest = alone;
-  for (std::int32_t tile_heads = 2; tile_heads <= kMaxTileHeads; tile_heads *= 2) {
-    if (heads % tile_heads != 0) break;
-    const int64_t tiles =
-        heads / tile_heads * set_all_tiles(blocks, spans, reach, kQueryTile / tile_heads);
-    if (tiles >= fewest) continue;
-    fewest = tiles;
-    best = tile_heads;
+/// With each power of 2 that divides a group. Gives the blocks some of these tiles.
+std::vector<Tiling> make_tilings(std::vector<BackwardUnit>& blocks, const std::vector<Span>& spans,
+                                 const Reach& reach, int64_t group) {
+  std::vector<Tiling> tilings;
+  for (std::int32_t heads = 1; heads <= kMaxTileHeads && group % heads == 0; heads *= 2) {
+    set_all_tiles(blocks, spans, reach, kQueryTile / heads);
+    Tiling tiling{heads, 0, 0};
+    for (const BackwardUnit& block : blocks) {
+      tiling.total += weight(block);
+      tiling.longest = std::max(tiling.longest, weight(block));
+    }
+    tilings.push_back(tiling);
   }
-  return 100 * fewest > 97 * alone ? 1 : best;
+  return tilings;
+}
+
+/// The tiling of `heads` heads that makes the fewest tiles. Where that saves less than 3% no heads
+/// share tiles: it gained nothing (session7/variants.txt).
+const Tiling& choose_tiling(const std::vector<Tiling>& tilings, int64_t heads) {
+  const auto tiles = [&](const Tiling& tiling) { return heads / tiling.heads * tiling.total; };
+  const Tiling* best = tilings.data();
+  for (const Tiling& tiling : tilings) {
+    if (heads % tiling.heads == 0 && tiles(tiling) < tiles(*best)) best = &tiling;
+  }
+  return 100 * tiles(*best) > 97 * tiles(tilings[0]) ? tilings[0] : *best;
 }
 
 void count_tiles(BackwardWork& work) {
@@ -151,15 +163,15 @@ void count_tiles(BackwardWork& work) {
 void choose_splits(BackwardWork& work, std::vector<BackwardUnit>& blocks, const Reach& reach,
                    int64_t kv_heads, int64_t group, int processors) {
   const std::vector<Span>& spans = work.spans.spans;
+  const std::vector<Tiling> tilings = make_tilings(blocks, spans, reach, group);
   for (int64_t splits = 1; splits <= std::min<int64_t>(group, kMaxSumSources); ++splits) {
     if (group % splits != 0) continue;
+    const Tiling& tiling = choose_tiling(tilings, group / splits);
     work.splits = static_cast<int>(splits);
-    work.tile_heads = backward_tile_heads(blocks, spans, reach, group / splits);
-    const int64_t total = set_all_tiles(blocks, spans, reach, work.tile_tokens());
-    int64_t longest = 0;
-    for (const BackwardUnit& block : blocks) longest = std::max(longest, weight(block));
-    if (longest * processors <= total * splits * kv_heads) break;
+    work.tile_heads = tiling.heads;
+    if (tiling.longest * processors <= tiling.total * splits * kv_heads) break;
   }
+  set_all_tiles(blocks, spans, reach, work.tile_tokens());
 }
 
 /// The blocks of a span's keys that are the rank's own as a whole, those of the late rows first.
@@ -207,6 +219,10 @@ ForwardUnit make_unit(const Span& span, const Reach& reach, int64_t row, int64_t
   return unit;
 }
 
+int64_t end_block(const ForwardUnit& unit) {
+  return (int64_t{unit.end_key} + kKeyTile - 1) / kKeyTile;
+}
+
 /// How many of a group's heads a tile has: the divisor of `group` that makes the fewest blocks of
 /// keys in all tiles, each of which costs about one more; the smallest of those within 1% of it,
 /// since more heads make more units.
@@ -219,7 +235,7 @@ std::int32_t forward_tile_heads(const std::vector<Span>& spans, const Reach& rea
     for (const Span& span : spans) {
       for (int64_t row = 0; row < span.q_count; row += tokens) {
         const ForwardUnit unit = make_unit(span, reach, row, tokens);
-        blocks += (unit.end_key + kKeyTile - 1) / kKeyTile - unit.first_block + 1;
+        blocks += end_block(unit) - unit.first_block + 1;
       }
     }
     costs.emplace_back(blocks * (group / heads), heads);
@@ -233,28 +249,28 @@ std::int32_t forward_tile_heads(const std::vector<Span>& spans, const Reach& rea
 /// Gives a unit its blocks [first_block, end_block): the last, the rank's own, and the others.
 void set_runs(ForwardUnit& unit, const Span& span, const std::vector<KeyRun>& own,
               std::vector<KeyRun>& runs) {
-  const std::int32_t end_block = narrow((int64_t{unit.end_key} + kKeyTile - 1) / kKeyTile);
+  const std::int32_t end = narrow(end_block(unit));
   unit.first_run = narrow(std::ssize(runs));
-  const auto add = [&](const KeyRun& run, std::int32_t begin, std::int32_t end) {
+  const auto add = [&](const KeyRun& run, std::int32_t begin, std::int32_t before) {
     begin = std::max(begin, run.begin);
-    end = std::min(end, run.end);
-    if (begin >= end) return;
-    runs.push_back({begin, end, run.row, run.own});
+    before = std::min(before, run.end);
+    if (begin >= before) return;
+    runs.push_back({begin, before, run.row, run.own});
     ++unit.run_count;
   };
-  const KeyRun all{unit.first_block, end_block, span.k_begin, 0};
-  const std::int32_t last = end_block - 1;
+  const KeyRun all{unit.first_block, end, span.k_begin, 0};
+  const std::int32_t last = end - 1;
   // What is not the rank's own stands above, between and below what is.
-  const auto add_others = [&](std::int32_t begin, std::int32_t end) {
+  const auto add_others = [&](std::int32_t begin, std::int32_t before) {
     for (const KeyRun& run : own) {
-      add(all, std::max(begin, run.end), end);
-      end = std::min(end, run.begin);
+      add(all, std::max(begin, run.end), before);
+      before = std::min(before, run.begin);
     }
-    add(all, begin, end);
+    add(all, begin, before);
   };
-  if (own.empty()) return add(all, unit.first_block, end_block);
-  for (const KeyRun& run : own) add(run, last, end_block);
-  if (unit.run_count == 0) add(all, last, end_block);
+  if (own.empty()) return add(all, unit.first_block, end);
+  for (const KeyRun& run : own) add(run, last, end);
+  if (unit.run_count == 0) add(all, last, end);
   for (const KeyRun& run : own) add(run, unit.first_block, last);
   add_others(unit.first_block, last);
 }

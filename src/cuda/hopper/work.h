@@ -1,5 +1,6 @@
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -60,6 +61,7 @@ FetchWork make_fetch_work(const AttendArgs& args, const Spans& spans,
 /// through all spans, each of which starts one.
 struct BackwardWork {
   std::int32_t tile_tokens() const { return kQueryTile / tile_heads; }
+  int tile_heads_log2() const { return std::countr_zero(static_cast<std::uint32_t>(tile_heads)); }
   std::int64_t tiles() const { return static_cast<std::int64_t>(tile_span.size()); }
 
   Spans spans;
