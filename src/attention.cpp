@@ -3,7 +3,6 @@
 #include <exception>
 #include <memory>
 #include <new>
-#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -183,10 +182,8 @@ class Schedule {
       const AttendBackwardArgs args = arguments(stage);
       const comm::Step step{"reduction of dK and dV", stage, stages_};
       const TensorView sources[] = {args.dk, args.dv};
-      std::optional<Queue> others;
-      if (!alone() && transport_.reduces_in_parts(backend_->exchange_queue())) {
-        others = backend_->attend_backward_others(args);
-      }
+      const bool others = !alone() && transport_.reduces_in_parts(backend_->exchange_queue()) &&
+                          backend_->attend_backward_others(args);
       if (others) {
         if (fetched.k.view.data == nullptr) {
           const int64_t rows = (transport_.size() - 1) * table_.local_tokens;
@@ -195,7 +192,7 @@ class Schedule {
           fetched = {buffer_of(rows, DType::kFloat32, queue),
                      buffer_of(rows, DType::kFloat32, queue)};
         }
-        backend_->order(*others, backend_->exchange_queue());
+        backend_->order(backend_->compute_queue(), backend_->exchange_queue());
         const TensorView views[] = {fetched.k.view, fetched.v.view};
         transport_.fetch_partials(sources, views, table_, step, backend_->exchange_queue());
       }

@@ -3,7 +3,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <span>
 #include <vector>
 
@@ -126,11 +125,9 @@ class Backend {
   /// then does the rest. Only for a rank that is not alone.
   virtual void attend_backward_early(const AttendBackwardArgs& /*args*/) {}
   /// Called between the two, once K and V are gathered, with the arguments of attend_backward.
-  /// Gives the queue in whose order dk and dv are then complete for all rows but the rank's own;
-  /// attend_backward does the rest. Nothing when that is not worth it.
-  virtual std::optional<Queue> attend_backward_others(const AttendBackwardArgs& /*args*/) {
-    return std::nullopt;
-  }
+  /// In the order of compute_queue() dk and dv are then complete for all rows but the rank's own;
+  /// attend_backward does the rest. False when that is not worth it: nothing has been done then.
+  virtual bool attend_backward_others(const AttendBackwardArgs& /*args*/) { return false; }
   /// A backward that has been begun will not be finished: compute_queue() waits for what it gave.
   virtual void abandon() noexcept {}
 };

@@ -1,6 +1,6 @@
 // Benchmarks on GPUs: gpu_bench [--json FILE] SECTION..., with sections copy, layout, attention,
-// float32, compute[:W], peer[:W], nccl[:W], real[:W[,STAGE]], profile[:W[,STAGE]]. Prints a short
-// table and writes every number to the file.
+// float32, compute[:W], real_compute[:W], peer[:W], nccl[:W], real[:W[,STAGE]],
+// profile[:W[,STAGE]]. Prints a short table and writes every number to the file.
 #include "gpu_bench.h"
 
 #include <algorithm>
@@ -114,6 +114,8 @@ int run(int argc, char** argv) {
         bench_attention(report, DType::kFloat32);
       } else if (name == "compute") {
         bench_compute(report, world_size);
+      } else if (name == "real_compute") {
+        bench_real_compute(report, world_size);
       } else if (name == "real") {
         bench_real(report, world_size, stage);
       } else if (name == "profile") {

@@ -21,6 +21,9 @@ struct Timing {
   nlohmann::json json() const { return {{"ms", median}, {"min_ms", low}, {"max_ms", high}}; }
 };
 
+/// TFLOP/s of a call of so many operations and milliseconds.
+inline double tflops(double flops, double ms) { return flops / ms / 1e9; }
+
 /// Times `call(i)`, given to `stream`, with events around each of `repeats` calls after warm-up.
 Timing time_calls(void* stream, int warmup, int repeats, const std::function<void(int)>& call);
 
@@ -41,6 +44,8 @@ void bench_layout(nlohmann::json& report);
 void bench_attention(nlohmann::json& report, DType dtype);
 /// Attention of each rank of `world_size` by itself on GPU 0, without exchanges.
 void bench_compute(nlohmann::json& report, int world_size);
+/// The same with packs of real document lengths, and one rank that has the whole pack.
+void bench_real_compute(nlohmann::json& report, int world_size);
 void bench_ranks(nlohmann::json& report, const std::string& comm, int world_size, int iterations);
 void bench_real(nlohmann::json& report, int world_size, std::int64_t stage);
 /// For a profiler: prints the number of every phase.

@@ -14,14 +14,13 @@
 #include "cuda/check.h"
 #include "cuda/runtime.h"
 #include "gpu_bench.h"
+#include "gpu_bench_compute.h"
 #include "gpu_bench_steps.h"
 
 namespace zigzag::gpu_bench {
 namespace {
 
 using std::int64_t;
-
-double tflops(double flops, double ms) { return flops / ms / 1e9; }
 
 /// What every rank measures.
 struct RankTimes {
@@ -32,56 +31,6 @@ struct RankTimes {
   double enqueue_forward = 0;  // seconds of the host an iteration
   double enqueue_both = 0;
 };
-
-/// Attention of the schedule's one stage without any exchange, by CUDA events, mean over packs.
-void time_compute_only(const std::vector<Plan>& plans, const Heads& heads, int rank, Device device,
-                       const Step& step, void* stream, RankTimes& times) {
-  for (const Plan& plan : plans) {
-    const Mask mask;
-    const int64_t rows = plan.gathered_tokens(rank, mask);
-    const auto backend = make_cuda_backend(device, Kernels::kFused, stream);
-    // The backend's own memory: rows behind the last one are finite there.
-    const auto buffer = [&](DType dtype) {
-      TensorView view = TensorView::contiguous(nullptr, dtype, {rows, heads.kv, heads.dim}, device);
-      Buffer memory =
-          backend->allocate(view.num_elements() * item_size(dtype), backend->compute_queue());
-      view.data = memory.memory.get();
-      return GpuTensor{std::move(memory), view};
-    };
-    const GpuTensor k = buffer(DType::kBFloat16);
-    const GpuTensor v = buffer(DType::kBFloat16);
-    const GpuTensor dk = buffer(DType::kFloat32);
-    const GpuTensor dv = buffer(DType::kFloat32);
-    const GpuTensor k_values =
-        random_tensor({rows, heads.kv, heads.dim}, DType::kBFloat16, device, 5);
-    for (const GpuTensor* tensor : {&k, &v}) {
-      cuda::check(cudaMemcpyAsync(tensor->view.data, k_values.view.data,
-                                  static_cast<std::size_t>(k_values.view.num_elements() * 2),
-                                  cudaMemcpyDeviceToDevice, cuda::as_stream(stream)),
-                  "cudaMemcpyAsync");
-    }
-    const std::vector<WorkItem> items = plan.work_items(rank, mask);
-    AttendBackwardArgs args;
-    args.q = step.q.view;
-    args.k = k.view;
-    args.v = v.view;
-    args.out = step.out.view;
-    args.lse = step.lse.view;
-    args.plan = &plan;
-    args.rank = rank;
-    args.items = items;
-    args.scale = 0.08838834764831845;
-    args.dout = step.dout.view;
-    args.dq = step.dq.view;
-    args.dk = dk.view;
-    args.dv = dv.view;
-    times.attend += time_calls(stream, 3, 10, [&](int) { backend->attend(args); }).median / 1e3;
-    times.attend_backward +=
-        time_calls(stream, 3, 10, [&](int) { backend->attend_backward(args); }).median / 1e3;
-  }
-  times.attend /= static_cast<double>(plans.size());
-  times.attend_backward /= static_cast<double>(plans.size());
-}
 
 RankTimes time_rank(const std::vector<Plan>& plans, const Heads& heads, const Communicator& threads,
                     const std::string& comm, int rank, int iterations, int64_t stage, bool parts) {
@@ -121,7 +70,11 @@ RankTimes time_rank(const std::vector<Plan>& plans, const Heads& heads, const Co
   clocked(false, times.forward, times.enqueue_forward);
   clocked(true, times.both, times.enqueue_both);
   group.barrier();
-  if (parts) time_compute_only(plans, heads, rank, device, step, stream.get(), times);
+  if (parts) {
+    const ComputeTimes alone = compute_times(plans, heads, rank, device, step, stream.get());
+    times.attend = alone.forward;
+    times.attend_backward = alone.backward;
+  }
   cuda::synchronize(device, stream.get());
   group.barrier();
   return times;
@@ -197,36 +150,6 @@ RankTimes time_ranks(const std::vector<Plan>& plans, const Heads& heads, const s
 }
 
 }  // namespace
-
-void bench_compute(nlohmann::json& report, int world_size) {
-  const Device device{DeviceType::kCuda, 0};
-  const auto stream = cuda::make_stream(device);
-  const Heads heads;
-  std::vector<Plan> plans;
-  for (const std::vector<int64_t>& lengths : packs_for(world_size)) {
-    plans.push_back(Plan::from_lengths(lengths, world_size));
-  }
-  nlohmann::json ranks = nlohmann::json::array();
-  RankTimes worst;
-  for (int rank = 0; rank < world_size; ++rank) {
-    const Step step(plans[0].local_tokens(rank), heads, DType::kBFloat16, device, 1);
-    RankTimes times;
-    time_compute_only(plans, heads, rank, device, step, stream.get(), times);
-    worst.attend = std::max(worst.attend, times.attend);
-    worst.attend_backward = std::max(worst.attend_backward, times.attend_backward);
-    ranks.push_back(
-        {{"forward_ms", 1e3 * times.attend}, {"backward_ms", 1e3 * times.attend_backward}});
-  }
-  report["compute"]["W" + std::to_string(world_size)] = {
-      {"ranks", ranks},
-      {"forward_per_s", 1 / worst.attend},
-      {"both_per_s", 1 / (worst.attend + worst.attend_backward)}};
-  std::printf(
-      "compute    W %d, a rank alone on the GPU: fwd %.3f ms bwd %.3f ms; "
-      "without exchanges %.0f and %.1f steps a second\n",
-      world_size, 1e3 * worst.attend, 1e3 * worst.attend_backward, 1 / worst.attend,
-      1 / (worst.attend + worst.attend_backward));
-}
 
 void bench_real(nlohmann::json& report, int world_size, int64_t stage) {
   const Heads heads{64, 8, 128};

@@ -1,7 +1,6 @@
 #include "backend.h"
 
 #include <memory>
-#include <optional>
 #include <string>
 #include <utility>
 
@@ -28,11 +27,10 @@ class CudaBackend final : public Backend {
 
   bool overlaps() const override { return true; }
   Queue compute_queue() override { return {stream_}; }
-  Queue exchange_queue() override { return {device_.side_stream(stream_, Side::kExchange)}; }
+  Queue exchange_queue() override { return {device_.side_stream(stream_)}; }
 
   void order(Queue earlier, Queue later) override {
     device_.order(as_stream(earlier.stream), as_stream(later.stream));
-    if (later.stream == stream_ && hopper_begun_ != nullptr) hopper_begun_->follow(earlier.stream);
   }
 
   Buffer allocate(std::int64_t bytes, Queue queue) override {
@@ -71,9 +69,8 @@ class CudaBackend final : public Backend {
 
   void attend_backward_early(const AttendBackwardArgs& args) override { begin(args, true); }
 
-  std::optional<Queue> attend_backward_others(const AttendBackwardArgs& args) override {
-    if (hopper_begun_ == nullptr || !hopper_begun_->others(args)) return std::nullopt;
-    return Queue{hopper_begun_->others_stream()};
+  bool attend_backward_others(const AttendBackwardArgs& args) override {
+    return hopper_begun_ != nullptr && hopper_begun_->others(args);
   }
 
   void abandon() noexcept override {

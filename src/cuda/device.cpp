@@ -245,16 +245,16 @@ void DeviceState::free(void* memory, cudaStream_t stream) noexcept {
   (void)cudaSetDevice(previous);
 }
 
-cudaStream_t DeviceState::side_stream(cudaStream_t compute, Side side) {
+cudaStream_t DeviceState::side_stream(cudaStream_t compute) {
   // Per thread, so that ranks that are threads on one GPU never share one.
   struct Streams {
-    std::map<std::tuple<int, cudaStream_t, Side>, cudaStream_t> made;
+    std::map<std::pair<int, cudaStream_t>, cudaStream_t> made;
     ~Streams() {
       for (const auto& entry : made) (void)cudaStreamDestroy(entry.second);
     }
   };
   thread_local Streams streams;
-  cudaStream_t& stream = streams.made[{index_, compute, side}];
+  cudaStream_t& stream = streams.made[{index_, compute}];
   if (stream == nullptr) {
     DeviceGuard guard(index_);
     int least = 0;

@@ -73,10 +73,6 @@ class TableUse {
   const void* data_;
 };
 
-/// What runs beside attention's stream: exchanges, and attention that need not wait for what the
-/// stream is at.
-enum class Side : std::uint8_t { kExchange, kAttention };
-
 /// What the process keeps for one GPU: a memory pool that peers can read, the stream of table
 /// uploads and the tables of the packs seen lately.
 class DeviceState {
@@ -98,9 +94,9 @@ class DeviceState {
   void* allocate(std::int64_t bytes, cudaStream_t stream);
   void free(void* memory, cudaStream_t stream) noexcept;
 
-  /// A stream of the calling thread beside `compute`, whose kernels start before those that wait on
-  /// `compute`.
-  cudaStream_t side_stream(cudaStream_t compute, Side side);
+  /// A stream of the calling thread beside `compute`, for exchanges: its kernels start before those
+  /// that wait on `compute`.
+  cudaStream_t side_stream(cudaStream_t compute);
 
   /// Work given to `later` from here on starts after everything given to `earlier` so far.
   void order(cudaStream_t earlier, cudaStream_t later);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <exception>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -331,22 +330,10 @@ struct HopperBackward::State {
         lse(device, padded_rows * int64_t{sizeof(float)}, stream),
         delta(device, padded_rows * int64_t{sizeof(float)}, stream),
         sums(device, padded_rows * width * int64_t{sizeof(float)}, stream) {}
-  ~State() {
-    try {
-      join();
-    } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch): the device has failed
-    }
-  }
-  State(const State&) = delete;
-  State& operator=(const State&) = delete;
 
   PassParams pass_params() const;
-  void run_units(const std::vector<BackwardUnit>& units, std::size_t at, cudaStream_t on) const;
+  void run_units(const std::vector<BackwardUnit>& units, std::size_t at) const;
   void give_others(const AttendBackwardArgs& given);
-  /// What `stream` is given from here on waits for the others' units.
-  void join() {
-    if (side != nullptr) device.order(std::exchange(side, nullptr), stream);
-  }
 
   AttendBackwardArgs args;
   cudaStream_t stream;
@@ -358,9 +345,6 @@ struct HopperBackward::State {
   int64_t padded_rows;
   Scratch lse, delta, sums;
   std::unique_ptr<Scratch> split_dk, split_dv;
-  /// Where there are several launches, the others' have a stream of their own: each fills what the
-  /// end of another leaves idle.
-  cudaStream_t side = nullptr;
   bool others_given = false;
 };
 
@@ -385,8 +369,8 @@ PassParams HopperBackward::State::pass_params() const {
   return params;
 }
 
-void HopperBackward::State::run_units(const std::vector<BackwardUnit>& units, std::size_t at,
-                                      cudaStream_t on) const {
+void HopperBackward::State::run_units(const std::vector<BackwardUnit>& units,
+                                      std::size_t at) const {
   if (units.empty()) return;
   BackwardParams params{};
   const int tile_heads = pack->work.tile_heads;
@@ -416,7 +400,7 @@ void HopperBackward::State::run_units(const std::vector<BackwardUnit>& units, st
     params.sums_are_float = args.dk.dtype == DType::kFloat32;
   }
   dispatch(args.q.dtype, width, args.softcap != 0, [&]<typename T, int kWidth, bool kSoftcap>() {
-    run_backward<T, kWidth, kSoftcap>(params, static_cast<int64_t>(units.size()), on);
+    run_backward<T, kWidth, kSoftcap>(params, static_cast<int64_t>(units.size()), stream);
   });
 }
 
@@ -444,13 +428,9 @@ std::unique_ptr<HopperBackward> HopperBackward::begin(const AttendBackwardArgs& 
       run_before<__nv_bfloat16>(params, state->width, state->stream);
     }
   }
-  if (!work.early.empty() || !work.rest.empty()) {
-    state->side = state->device.side_stream(state->stream, Side::kAttention);
-    state->device.order(state->stream, state->side);
-  }
   if (!work.early.empty()) {
     const auto scope = span_of(args, "backward, own keys", stream);
-    state->run_units(work.early, state->pack->early_at, state->stream);
+    state->run_units(work.early, state->pack->early_at);
   }
   return std::unique_ptr<HopperBackward>(new HopperBackward(std::move(state)));
 }
@@ -460,15 +440,8 @@ void HopperBackward::State::give_others(const AttendBackwardArgs& given) {
   args.v = given.v;
   if (others_given) return;
   others_given = true;
-  const cudaStream_t on = side == nullptr ? stream : side;
-  const auto scope = span_of(args, "backward", on);
-  run_units(pack->work.others, pack->others_at, on);
-}
-
-void* HopperBackward::others_stream() const { return state_->side; }
-
-void HopperBackward::follow(void* earlier) {
-  if (state_->side != nullptr) state_->device.order(as_stream(earlier), state_->side);
+  const auto scope = span_of(args, "backward", stream);
+  run_units(pack->work.others, pack->others_at);
 }
 
 bool HopperBackward::others(const AttendBackwardArgs& args) {
@@ -485,9 +458,8 @@ void HopperBackward::finish(const AttendBackwardArgs& given) {
   state.give_others(given);
   if (!state.pack->work.rest.empty()) {
     const auto scope = span_of(args, "backward, rest", state.stream);
-    state.run_units(state.pack->work.rest, state.pack->rest_at, state.stream);
+    state.run_units(state.pack->work.rest, state.pack->rest_at);
   }
-  state.join();
   {
     const auto scope = span_of(args, "backward, after", state.stream);
     const PassParams params = state.pass_params();

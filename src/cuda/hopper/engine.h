@@ -19,9 +19,10 @@ bool fetches(const AttendArgs& args, const TensorView& own_k, const TensorView& 
 bool forward(const AttendArgs& args, const OpenGather* open, void* stream, std::string& why);
 
 /// A backward by the library's tensor-core kernels for Hopper GPUs, in parts: begin gives what
-/// needs no K and V but the rank's own, others what other ranks wait for, finish the rest. dK and
-/// dV are summed in float32 registers and dQ in float32 memory, in an order that changes from call
-/// to call; each is rounded once.
+/// needs no K and V but the rank's own, others what other ranks wait for, finish the rest, all in
+/// the order of one stream: side by side they are slower (docs/gpu.md). dK and dV are summed in
+/// float32 registers and dQ in float32 memory, in an order that changes from call to call; each is
+/// rounded once.
 class HopperBackward {
  public:
   /// Null, and says why, when this call is not one for these kernels: nothing has been done then.
@@ -35,11 +36,6 @@ class HopperBackward {
   /// With K and V gathered: makes dk and dv complete for all rows but the rank's own, unless that
   /// is not worth a launch of its own: false, and finish does it.
   bool others(const AttendBackwardArgs& args);
-  /// The stream in whose order they are.
-  void* others_stream() const;
-  /// What others gives starts after the work given to `earlier` so far, though not after the units
-  /// that begin gave.
-  void follow(void* earlier);
   void finish(const AttendBackwardArgs& args);
 
  private:
