@@ -231,7 +231,6 @@ class Schedule {
     explicit JoinOnError(Schedule& schedule) : schedule_(schedule) {}
     ~JoinOnError() {
       if (std::uncaught_exceptions() == exceptions_) return;
-      schedule_.backend_->abandon();
       try {
         schedule_.join_exchange();
       } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch): the device has failed

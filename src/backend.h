@@ -128,8 +128,6 @@ class Backend {
   /// In the order of compute_queue() dk and dv are then complete for all rows but the rank's own;
   /// attend_backward does the rest. False when that is not worth it: nothing has been done then.
   virtual bool attend_backward_others(const AttendBackwardArgs& /*args*/) { return false; }
-  /// A backward that has been begun will not be finished: compute_queue() waits for what it gave.
-  virtual void abandon() noexcept {}
 };
 
 /// src/cpu: the fast kernels, and their plain twins.

@@ -21,9 +21,6 @@ struct Timing {
   nlohmann::json json() const { return {{"ms", median}, {"min_ms", low}, {"max_ms", high}}; }
 };
 
-/// TFLOP/s of a call of so many operations and milliseconds.
-inline double tflops(double flops, double ms) { return flops / ms / 1e9; }
-
 /// Times `call(i)`, given to `stream`, with events around each of `repeats` calls after warm-up.
 Timing time_calls(void* stream, int warmup, int repeats, const std::function<void(int)>& call);
 

@@ -8,10 +8,7 @@
 #include <random>
 #include <thread>
 
-#include <cuda_runtime_api.h>
-
 #include "comm/transport.h"
-#include "cuda/check.h"
 #include "cuda/runtime.h"
 #include "gpu_bench.h"
 #include "gpu_bench_compute.h"
@@ -21,6 +18,8 @@ namespace zigzag::gpu_bench {
 namespace {
 
 using std::int64_t;
+
+double tflops(double flops, double ms) { return flops / ms / 1e9; }
 
 /// What every rank measures.
 struct RankTimes {

@@ -129,9 +129,7 @@ void bench_compute(nlohmann::json& report, int world_size) {
     worst.forward = std::max(worst.forward, times.forward);
     worst.backward = std::max(worst.backward, times.backward);
     worst.in_parts = std::max(worst.in_parts, times.in_parts);
-    ranks.push_back({{"forward_ms", 1e3 * times.forward},
-                     {"backward_ms", 1e3 * times.backward},
-                     {"backward_in_parts_ms", 1e3 * times.in_parts}});
+    ranks.push_back(times.json());
   }
   report["compute"]["W" + std::to_string(world_size)] = {
       {"ranks", ranks},
@@ -164,9 +162,7 @@ void bench_real_compute(nlohmann::json& report, int world_size) {
       nlohmann::json ranks = nlohmann::json::array();
       for (int rank = 0; rank < world_size; ++rank) {
         const ComputeTimes times = times_of(world_size, rank);
-        ranks.push_back({{"forward_ms", times.forward * 1e3},
-                         {"backward_ms", times.backward * 1e3},
-                         {"backward_in_parts_ms", times.in_parts * 1e3}});
+        ranks.push_back(times.json());
         const auto shown = [&](double seconds, double alone, double factor) {
           return std::pair{factor * flops / seconds / 1e12, 100 * alone / world_size / seconds};
         };

@@ -12,6 +12,12 @@ struct ComputeTimes {
   double forward = 0;
   double backward = 0;  // in one part
   double in_parts = 0;  // the backward as it is given when ranks exchange: see backend.h
+
+  nlohmann::json json() const {
+    return {{"forward_ms", 1e3 * forward},
+            {"backward_ms", 1e3 * backward},
+            {"backward_in_parts_ms", 1e3 * in_parts}};
+  }
 };
 
 /// Medians by CUDA events, mean over the packs. `step` has the rank's rows of one pack.

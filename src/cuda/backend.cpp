@@ -73,11 +73,6 @@ class CudaBackend final : public Backend {
     return hopper_begun_ != nullptr && hopper_begun_->others(args);
   }
 
-  void abandon() noexcept override {
-    hopper_begun_.reset();
-    cudnn_begun_.reset();
-  }
-
   void attend_backward(const AttendBackwardArgs& args) override {
     if (hopper_begun_ == nullptr && cudnn_begun_ == nullptr) begin(args, false);
     if (hopper_begun_ != nullptr) {
@@ -102,7 +97,8 @@ class CudaBackend final : public Backend {
 
   /// `own_rows`: k and v are the rank's own rows.
   void begin(const AttendBackwardArgs& args, bool own_rows) {
-    abandon();
+    hopper_begun_.reset();
+    cudnn_begun_.reset();
     if (args.q.num_elements() == 0 || kernels_ == Kernels::kReference) return;
     std::string why;
     if (tries_hopper()) {
